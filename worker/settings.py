@@ -1,0 +1,488 @@
+"""Everything that can be configured, read once at start into one typed object (contract, section 2).
+
+Environment `ROLECAST_*` wins over `rolecast.toml`, which wins over the defaults. `NAME_FILE` reads a value from a
+file. An unknown name, or a value that does not parse, raises `SettingsError`: one line naming it and the remedy.
+Secrets are `Secret`s: they show as stars wherever they are printed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from email.utils import parseaddr
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
+
+from subscriptions.addresses import BadAddress, as_written, normalise
+
+PREFIX = "ROLECAST_"
+CLASSES = ("promotional", "informational", "operational", "transactional", "approval", "security")
+#: The classes that are mailed: contract section 2 has a sender for each.
+
+DELIVERY_MODES = ("test", "team", "live")
+#: From the strictest to the freest.
+
+
+class SettingsError(Exception):
+    """A setting is unknown or can't be read; the message is one line naming it, its value and the remedy."""
+
+
+class Secret(str):
+    """A value that never shows itself in a message, a log or a listing."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+@dataclass(frozen=True, slots=True)
+class RelaySettings:
+    """One relay of `ROLECAST_RELAY_URLS`."""
+
+    host: str
+    port: int
+    implicit_tls: bool  # smtps://
+    tls: Literal["required", "opportunistic", "none"]
+    user: str | None
+    password: Secret | None
+    connections: int  # the limit of one worker process, all lanes together
+    rate: float  # mails a second, of the installation; 0 = no limit
+
+    @property
+    def name(self) -> str:
+        """How the relay is called in the ledger, in logs and in `pause --relay`: `host:port`."""
+        return f"{self.host}:{self.port}"
+
+    @property
+    def loopback(self) -> bool:
+        """Whether the relay is on this machine."""
+        return is_loopback(self.host)
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """Whom `team` mode may mail: addresses and domains, normalised."""
+
+    addresses: frozenset[str] = frozenset()
+    domains: frozenset[str] = frozenset()
+
+    def __contains__(self, address: str) -> bool:
+        """Whether a normalised address belongs to the team."""
+        return address in self.addresses or address.rpartition("@")[2] in self.domains
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Every setting, typed; the defaults are the contract's."""
+
+    database_url: Secret = Secret("sqlite:///rolecast.db")
+    broker_url: Secret = Secret("memory://")
+    relay_urls: tuple[RelaySettings, ...] = ()
+    allow_plaintext: bool = False
+    delivery: Literal["live", "team", "test"] = "live"
+    team: Team = Team()
+    sender: str | None = None
+    sender_promotional: str | None = None
+    sender_informational: str | None = None
+    sender_operational: str | None = None
+    sender_transactional: str | None = None
+    sender_approval: str | None = None
+    sender_security: str | None = None
+    reply_to: str | None = None
+    reply_to_promotional: str | None = None
+    reply_to_informational: str | None = None
+    reply_to_operational: str | None = None
+    reply_to_transactional: str | None = None
+    reply_to_approval: str | None = None
+    reply_to_security: str | None = None
+    bounce_domain: str | None = None
+    public_url: str = "http://127.0.0.1:8080"
+    listen: tuple[str, int] = ("127.0.0.1", 8080)
+    status_page_url: str | None = None
+    status_page_feed_url: str | None = None
+    status_page_every: int = 60
+    status_page_feed_allow: frozenset[str] = frozenset()
+    catalogues: tuple[str, ...] = ("billtrust", "issuetrak")
+    templates_dir: Path | None = None
+    secret_keys: tuple[Secret, ...] = ()
+    operators: tuple[str, ...] = ()
+    log_format: Literal["console", "json"] | None = None
+    lease_seconds: int = 30
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)  # name -> where its value came from
+
+    def sender_of(self, class_: str) -> str | None:
+        """`Name <address>` that mails of a class come from; None where none is configured."""
+        specific: str | None = getattr(self, f"sender_{class_}", None)
+        return specific or self.sender
+
+    def reply_to_of(self, class_: str) -> str | None:
+        """Where answers to mails of a class go; None means to the sender."""
+        specific: str | None = getattr(self, f"reply_to_{class_}", None)
+        return specific or self.reply_to
+
+    def bounce_domain_of(self, class_: str) -> str | None:
+        """The domain of the envelope senders of a class."""
+        if self.bounce_domain:
+            return self.bounce_domain
+        sender = self.sender_of(class_)
+        return domain_of(sender) if sender else None
+
+    @property
+    def public_host(self) -> str:
+        """The authority (host and port) of `public_url`."""
+        return urlsplit(self.public_url).netloc
+
+    @property
+    def links_work(self) -> bool:
+        """Whether links in mails can work: https, or loopback where every relay is on loopback too."""
+        parts = urlsplit(self.public_url)
+        if parts.scheme == "https":
+            return True
+        return is_loopback(parts.hostname or "") and all(relay.loopback for relay in self.relay_urls)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def domain_of(sender: str) -> str:
+    """The domain (A-labels) of `Name <address>`."""
+    return normalise(parseaddr(sender)[1]).rpartition("@")[2]
+
+
+def load(environment: Mapping[str, str], *, config: Path | None = None, folder: Path | None = None) -> Settings:
+    """The settings out of the environment, over a TOML file, over the defaults.
+
+    `config` is the file of `--config` (must exist); without it `rolecast.toml` in `folder` is read where there is one.
+    Raises `SettingsError`.
+    """
+    raw: dict[str, tuple[Any, str]] = {}
+    path = config or ((folder or Path()) / "rolecast.toml")
+    if config is not None or path.exists():
+        raw.update(_from_file(path))
+    raw.update(_from_environment(environment))
+    values: dict[str, Any] = {}
+    for name, (value, source) in raw.items():
+        values[name] = _parsed(name, value, source)
+    sources = {name: source for name, (_, source) in raw.items()}
+    settings = Settings(**values, sources=sources)
+    _check_together(settings)
+    return settings
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    found: dict[str, tuple[Any, str]] = {}
+    for variable, value in environment.items():
+        if not variable.startswith(PREFIX):
+            continue
+        name = variable.removeprefix(PREFIX).lower()
+        if name.endswith("_file") and name not in _PARSERS:
+            name = name.removesuffix("_file")
+            _known(name, variable)
+            if variable.removesuffix("_FILE") in environment:
+                message = f"{variable} and {variable.removesuffix('_FILE')} are both set: keep one of them"
+                raise SettingsError(message)
+            try:
+                value = Path(value).read_text(encoding="utf-8").strip()  # noqa: PLW2901 - the file's content is the value
+            except (OSError, UnicodeDecodeError) as error:
+                message = f"{variable} names {value!r}, which can't be read ({error}): give a readable text file"
+                raise SettingsError(message) from error
+        _known(name, variable)
+        found[name] = (value, variable)
+    return found
+
+
+def _from_file(path: Path) -> dict[str, tuple[Any, str]]:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        message = f"the settings file {path} can't be read: {error}"
+        raise SettingsError(message) from error
+    except tomllib.TOMLDecodeError as error:
+        message = f"the settings file {path} is not TOML: {error}"
+        raise SettingsError(message) from error
+    for name in document:
+        _known(name, f"{name} in {path}")
+    return {name: (value, f"{name} in {path}") for name, value in document.items()}
+
+
+def _known(name: str, shown: str) -> None:
+    if name in _PARSERS:
+        return
+    near = difflib.get_close_matches(name, _PARSERS, n=1)
+    written = PREFIX + near[0].upper() if near and shown.startswith(PREFIX) else (near[0] if near else "")
+    hint = f": did you mean {written}?" if near else ": remove it, or see `rolecast config show` for those there are"
+    message = f"{shown} is not a setting that Rolecast knows{hint}"
+    raise SettingsError(message)
+
+
+def _parsed(name: str, value: Any, source: str) -> Any:
+    try:
+        return _PARSERS[name](value)
+    except (ValueError, BadAddress) as error:
+        shown = "***" if name in _SECRET else repr(value)
+        message = f"{source} has the value {shown}: {error}"
+        raise SettingsError(message) from error
+
+
+def _check_together(settings: Settings) -> None:
+    for relay in settings.relay_urls:
+        if relay.tls == "none" and not relay.implicit_tls and not relay.loopback and not settings.allow_plaintext:
+            message = (
+                f"ROLECAST_RELAY_URLS: {relay.name} has tls=none and is not on this machine: use tls=required, "
+                "or set ROLECAST_ALLOW_PLAINTEXT=1 if its network is yours"
+            )
+            raise SettingsError(message)
+    if settings.delivery == "team" and not (settings.team.addresses or settings.team.domains):
+        message = "ROLECAST_DELIVERY is 'team', but ROLECAST_TEAM names nobody: list addresses or @domains in it"
+        raise SettingsError(message)
+
+
+# ---------------------------------------------------------------- one parser per kind of value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        message = "give a text that is not empty"
+        raise ValueError(message)
+    return value.strip()
+
+
+def _secret(value: Any) -> Secret:
+    return Secret(_text(value))
+
+
+def _flag(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if isinstance(value, str) and value.strip().lower() in known:
+        return known[value.strip().lower()]
+    message = "give 1 or 0"
+    raise ValueError(message)
+
+
+def _whole(low: int, high: int) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        try:
+            number = int(value)
+        except (TypeError, ValueError):
+            number = low - 1
+        if isinstance(value, bool) or not low <= number <= high:
+            message = f"give a whole number from {low} to {high}"
+            raise ValueError(message)
+        return number
+
+    return parse
+
+
+def _one_of(*choices: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            message = f"give one of {', '.join(choices)}"
+            raise ValueError(message)
+        return str(value)
+
+    return parse
+
+
+def _list(value: Any, separator: str | None = ",") -> list[str]:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(separator) if part.strip()]
+    if isinstance(value, Sequence) and all(isinstance(part, str) for part in value):
+        return [str(part) for part in value]
+    message = "give a list of texts"
+    raise ValueError(message)
+
+
+def _addresses(value: Any) -> tuple[str, ...]:
+    return tuple(as_written(part) for part in _list(value))
+
+
+def _team(value: Any) -> Team:
+    parts = _list(value)
+    return Team(
+        addresses=frozenset(normalise(part) for part in parts if not part.startswith("@")),
+        domains=frozenset(normalise("x" + part).rpartition("@")[2] for part in parts if part.startswith("@")),
+    )
+
+
+def _sender(value: Any) -> str:
+    text = _text(value)
+    name, address = parseaddr(text)
+    if not address or any(ord(letter) < 32 for letter in text):
+        message = "give `Name <address>`, such as `Acme Support <support@acme.example>`"
+        raise ValueError(message)
+    checked = as_written(address)
+    return f"{name} <{checked}>" if name else checked
+
+
+def _domain(value: Any) -> str:
+    return normalise("x@" + _text(value)).rpartition("@")[2]
+
+
+def _web_url(value: Any) -> str:
+    text = _text(value).rstrip("/")
+    parts = urlsplit(text)
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username or parts.query or parts.fragment:
+        message = "give an http or https address, such as https://notify.acme.example"
+        raise ValueError(message)
+    return text
+
+
+def _feed_url(value: Any) -> str:
+    text = _text(value)
+    parts = urlsplit(text)
+    if parts.scheme not in {"http", "https", "file"} or (parts.scheme != "file" and not parts.hostname):
+        message = "give the https address of an Atom or RSS feed"
+        raise ValueError(message)
+    return text
+
+
+def _listen(value: Any) -> tuple[str, int]:
+    host, colon, port = _text(value).rpartition(":")
+    if not colon or not port.isdecimal() or not host or int(port) > 65535:
+        message = "give HOST:PORT, such as 127.0.0.1:8080 (port 0 takes a free one)"
+        raise ValueError(message)
+    return host.strip("[]"), int(port)
+
+
+def _path(value: Any) -> Path:
+    path = Path(_text(value))
+    if not path.is_dir():
+        message = "it is not a folder: give one that exists"
+        raise ValueError(message)
+    return path
+
+
+def _database_url(value: Any) -> Secret:
+    text = _text(value)
+    if not text.startswith(("sqlite:///", "postgresql://", "postgres://")):
+        message = "give sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME"
+        raise ValueError(message)
+    return Secret(text)
+
+
+def _broker_url(value: Any) -> Secret:
+    text = _text(value)
+    if text != "memory://" and not text.startswith(("redis://", "rediss://", "unix://")):
+        message = "give memory:// or redis://HOST:PORT/NUMBER"
+        raise ValueError(message)
+    return Secret(text)
+
+
+def _secret_keys(value: Any) -> tuple[Secret, ...]:
+    keys = tuple(Secret(part) for part in _list(value))
+    if any(len(key) < 16 for key in keys) or not keys:
+        message = "give keys of at least 16 characters, such as `openssl rand -hex 32` prints"
+        raise ValueError(message)
+    return keys
+
+
+def _feed_allow(value: Any) -> frozenset[str]:
+    allowed = frozenset(_list(value))
+    if not allowed <= {"file", "private"}:
+        message = "give `file`, `private`, or both, separated by a comma"
+        raise ValueError(message)
+    return allowed
+
+
+def _catalogues(value: Any) -> tuple[str, ...]:
+    names = tuple(_list(value))
+    if not names:
+        message = "name at least one catalogue, such as billtrust"
+        raise ValueError(message)
+    return names
+
+
+def _relays(value: Any) -> tuple[RelaySettings, ...]:
+    return tuple(_relay(part) for part in _list(value, separator=None))
+
+
+def _relay(text: str) -> RelaySettings:
+    parts = urlsplit(text)
+    if parts.scheme not in {"smtp", "smtps"} or not parts.hostname or parts.path not in {"", "/"} or parts.fragment:
+        message = "give smtp://[user:password@]host:port or smtps://...; several are separated by spaces"
+        raise ValueError(message)
+    options = _relay_options(parts)
+    implicit = parts.scheme == "smtps"
+    try:
+        port = parts.port
+    except ValueError as error:
+        message = "the port must be a number up to 65535"
+        raise ValueError(message) from error
+    if parts.password is not None and not parts.username:
+        message = "a password stands without its user: give user:password@"
+        raise ValueError(message)
+    return RelaySettings(
+        host=parts.hostname,
+        port=port or (465 if implicit else 587),
+        implicit_tls=implicit,
+        tls=_one_of("required", "opportunistic", "none")(options.get("tls", "required")),  # type: ignore[arg-type]
+        user=unquote(parts.username) if parts.username else None,
+        password=Secret(unquote(parts.password)) if parts.password is not None else None,
+        connections=_whole(1, 256)(options.get("connections", 8)),
+        rate=_rate(options.get("rate", "0")),
+    )
+
+
+def _relay_options(parts: SplitResult) -> dict[str, str]:
+    options = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
+    unknown = sorted(set(options) - {"tls", "connections", "rate"})
+    if unknown:
+        message = f"the option {unknown[0]!r} is unknown: there are tls, connections and rate"
+        raise ValueError(message)
+    return options
+
+
+def _rate(value: str) -> float:
+    try:
+        rate = float(value)
+    except ValueError:
+        rate = -1.0
+    if not 0 <= rate < 1e9:
+        message = "rate is mails a second: give 0 (no limit) or a number above it"
+        raise ValueError(message)
+    return rate
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "database_url": _database_url,
+    "broker_url": _broker_url,
+    "relay_urls": _relays,
+    "allow_plaintext": _flag,
+    "delivery": _one_of(*DELIVERY_MODES),
+    "team": _team,
+    "sender": _sender,
+    **{f"sender_{name}": _sender for name in CLASSES},
+    "reply_to": _sender,
+    **{f"reply_to_{name}": _sender for name in CLASSES},
+    "bounce_domain": _domain,
+    "public_url": _web_url,
+    "listen": _listen,
+    "status_page_url": _web_url,
+    "status_page_feed_url": _feed_url,
+    "status_page_every": _whole(5, 86400),
+    "status_page_feed_allow": _feed_allow,
+    "catalogues": _catalogues,
+    "templates_dir": _path,
+    "secret_keys": _secret_keys,
+    "operators": _addresses,
+    "log_format": _one_of("console", "json"),
+    "lease_seconds": _whole(1, 3600),
+}
+_SECRET = {"database_url", "broker_url", "relay_urls", "secret_keys"}
+
+NAMES = tuple(name.name for name in fields(Settings) if name.name != "sources")
+#: Every setting's name, in the order of the contract: `ROLECAST_` and capitals in the environment.
