@@ -1,0 +1,379 @@
+"""An email as meant, written as the bytes that go to the relay; and the proof that the bytes say what was meant.
+
+Promises: CRLF only, lines of at most 998 octets, 7-bit clean (a local part outside ASCII excepted, see
+`needs_smtputf8`), equal Email equal bytes. No value can add a header: a control character is refused, and a text that
+looks like an encoded word is encoded once more, because some Pythons decode it into a header of its own when they read
+the mail (reliability.md A1, A2). Written directly, for the standard library's builder takes 2.3 ms a mail; `prove`
+reads the bytes back with that library and compares. Dot-stuffing is the relay's.
+Sources: RFC 5322 (format), 2045 to 2047 (MIME), 2231 (file names), 6532 (UTF-8 headers).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable
+from email import message_from_bytes, message_from_string, policy
+from email.errors import HeaderParseError
+from email.header import decode_header
+from email.message import Message
+from email.policy import Policy
+from email.utils import parseaddr
+from typing import Final
+from urllib.parse import quote
+
+import idna
+
+from worker.rendering import Attachment, Email
+
+LINE: Final = 76  # header lines are folded to this where they can be (RFC 5322, 2.1.1: 78 should, 998 must)
+LONGEST_LINE: Final = 998
+ADDRESS_HEADERS: Final = frozenset({"From", "Reply-To"})
+# Header values with a syntax of their own: never encoded, only folded.
+STRUCTURED: Final = frozenset(
+    {"Date", "Message-ID", "List-ID", "List-Unsubscribe", "List-Unsubscribe-Post", "Auto-Submitted"}
+)
+
+
+class MimeError(Exception):
+    """The bytes would not say what was meant; the mail is not sent, and sending it again does not help."""
+
+
+def needs_smtputf8(address: str) -> bool:
+    """Whether only a relay that offers SMTPUTF8 (RFC 6531) can take the address: its local part is not ASCII."""
+    return not address.rpartition("@")[0].isascii()
+
+
+def assemble(email: Email) -> bytes:
+    """The whole message. Raises MimeError where a header or address holds what no encoding makes harmless."""
+    alternative = [_text_part("plain", email.text), _text_part("html", email.html)]
+    enclosed = [_attachment_part(one) for one in email.attachments]
+    seed = _value(email, "Message-ID") or email.subject
+    body = _multipart("alternative", alternative, seed)
+    if enclosed:
+        body = _multipart("mixed", [body, *enclosed], seed + "/mixed")
+    return _header_block(email) + b"MIME-Version: 1.0\r\n" + body
+
+
+# --- Headers ---------------------------------------------------------------------------------------------------------
+
+_ATOMS: Final = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]+")
+_CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_HEADER_NAME: Final = re.compile(r"[A-Za-z0-9-]+")
+_ADDRESS: Final = re.compile(r"[^\s<>(),:;\\\"@\[\]]+@[^\s<>(),:;\\\"@\[\]]+")
+
+
+def _header_block(email: Email) -> bytes:
+    lines = []
+    to_is_due = True
+    for name, value in email.headers:
+        lines.append(_header(name, value))
+        if to_is_due and name == "From":
+            lines += [_mailbox_header("To", email.to_name, email.to_address), _header("Subject", email.subject)]
+            to_is_due = False
+    if to_is_due:
+        raise MimeError("the mail has no From header")
+    return "".join(lines).encode("utf-8")
+
+
+def _header(name: str, value: str) -> str:
+    if not _HEADER_NAME.fullmatch(name):
+        raise MimeError(f"{name!r} is no header name")
+    _refuse_controls(name, value)
+    if name in ADDRESS_HEADERS:
+        return _mailbox_header(name, *split_mailbox(value))
+    if _is_plain(value):
+        if len(name) + 2 + len(value) <= LINE:
+            return f"{name}: {value}\r\n"
+        if "  " not in value:
+            return _folded(name, value.split(" "))
+    if name in STRUCTURED or name.startswith("X-Rolecast-"):
+        raise MimeError(f"{name} is {value!r}, but may hold plain ASCII only")
+    return _folded(name, encoded_words(value, LINE - len(name) - 2))
+
+
+def _mailbox_header(name: str, display: str, address: str) -> str:
+    _refuse_controls(name, display)
+    spec = f"<{wire_address(address)}>" if display else wire_address(address)
+    return _folded(name, [*_phrase(display, LINE - len(name) - 2), spec])
+
+
+def wire_address(address: str) -> str:
+    """The address as it stands in headers and SMTP commands: the domain as A-labels. Raises MimeError."""
+    local, at, domain = address.strip().rpartition("@")
+    if not domain.isascii():
+        try:
+            domain = idna.encode(domain, uts46=True).decode("ascii")
+        except idna.IDNAError as error:
+            raise MimeError(f"the address {address!r} has a domain that cannot be written in ASCII: {error}") from None
+    _refuse_controls("address", address)
+    written = local + at + domain
+    if not _ADDRESS.fullmatch(written) or "=?" in written:
+        raise MimeError(f"{address!r} is not an address that a header can hold")
+    return written
+
+
+def _phrase(display: str, room: int) -> list[str]:
+    """A display name as atoms, a quoted string or encoded words: whichever says it plainly (RFC 5322, 3.2.5)."""
+    if not display:
+        return []
+    if _is_plain(display) and "  " not in display and len(display) <= room:
+        if _ATOMS.fullmatch(display) and '"' not in display:
+            return [display]
+        escaped = display.replace("\\", "\\\\").replace('"', '\\"')
+        if len(escaped) + 2 <= room:
+            return [f'"{escaped}"']
+    return encoded_words(display, room)
+
+
+def _is_plain(value: str) -> bool:
+    """Whether the value can stand as it is: printable ASCII that no reader takes for an encoded word."""
+    return value.isascii() and value.isprintable() and "=?" not in value and value == value.strip()
+
+
+def _refuse_controls(name: str, value: str) -> None:
+    if not value.isprintable() and _CONTROL.search(value):
+        raise MimeError(f"{name} holds a control character: {value!r}")
+
+
+def _folded(name: str, words: Iterable[str]) -> str:
+    """The header, broken between words where a line would grow beyond LINE. Raises MimeError beyond LONGEST_LINE."""
+    lines = []
+    line = f"{name}:"
+    for word in words:
+        if len(line) + 1 + len(word) > LINE and line != f"{name}:":
+            lines.append(line)
+            line = ""
+        line += f" {word}"
+    lines.append(line)
+    if any(len(one.encode("utf-8", "replace")) > LONGEST_LINE for one in lines):
+        raise MimeError(f"{name} has a word longer than {LONGEST_LINE} octets")
+    return "\r\n".join(lines) + "\r\n"
+
+
+_Q_PLAIN: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!*+-/")
+_Q: Final = tuple(chr(octet) if octet in _Q_PLAIN else f"={octet:02X}" for octet in range(256))
+
+
+def encoded_words(text: str, room: int) -> list[str]:
+    """The text as encoded words of at most 75 characters (RFC 2047), the first of at most `room`.
+
+    Q or B, whichever is shorter; a character is never split, and blanks are inside, so that joining the words with
+    folds gives back the very text.
+    """
+    octets = text.encode("utf-8")
+    in_q = sum(len(_Q[octet]) for octet in octets) - 2 * octets.count(b" ")
+    use_q = in_q <= (len(octets) + 2) // 3 * 4
+    words: list[str] = []
+    piece: list[str] = []
+    size = 0  # of the piece: encoded characters for Q, octets for B
+    limit = _word_limit(min(room, 75), use_q=use_q)
+    for character in text:
+        written = "_" if character == " " else "".join(_Q[octet] for octet in character.encode("utf-8"))
+        cost = len(written) if use_q else len(character.encode("utf-8"))
+        if piece and size + cost > limit:
+            words.append(_encoded_word(piece, use_q=use_q))
+            piece, size, limit = [], 0, _word_limit(75, use_q=use_q)
+        piece.append(written if use_q else character)
+        size += cost
+    words.append(_encoded_word(piece, use_q=use_q))
+    return words
+
+
+def _word_limit(length: int, *, use_q: bool) -> int:
+    inside = max(length - len("=?utf-8?q??="), 12)
+    return inside if use_q else inside // 4 * 3
+
+
+def _encoded_word(piece: list[str], *, use_q: bool) -> str:
+    text = "".join(piece)
+    if use_q:
+        return f"=?utf-8?q?{text}?="
+    return f"=?utf-8?b?{base64.b64encode(text.encode('utf-8')).decode('ascii')}?="
+
+
+def _value(email: Email, header: str) -> str:
+    return next((value for name, value in email.headers if name == header), "")
+
+
+# --- Parts -----------------------------------------------------------------------------------------------------------
+
+_CONTROL_OCTETS: Final = bytes({*range(32), 127} - set(b"\t\r\n"))
+_HIGH_AND_EQUALS: Final = bytes(octet for octet in range(256) if not (octet >= 128 or octet == ord("=")))
+
+
+def _text_part(subtype: str, text: str) -> bytes:
+    body, encoding = encoded_body(text)
+    return b"Content-Type: text/%s; charset=utf-8\r\nContent-Transfer-Encoding: %s\r\n\r\n%s" % (
+        subtype.encode("ascii"),
+        encoding,
+        body,
+    )
+
+
+def encoded_body(text: str) -> tuple[bytes, bytes]:
+    """The text with CRLF, and its transfer encoding: 7bit where it fits, else the smaller of the other two."""
+    try:
+        octets = _line_ends(text).replace("\n", "\r\n").encode("utf-8")
+    except UnicodeEncodeError:
+        raise MimeError("the text holds half of a surrogate pair, which is no character") from None
+    fits = text.isascii() and max(map(len, octets.split(b"\r\n"))) <= LONGEST_LINE
+    if fits and len(octets.translate(None, _CONTROL_OCTETS)) == len(octets):
+        return octets, b"7bit"
+    lines_of_base64 = -(-len(octets) // 57)
+    size_of_base64 = -(-len(octets) // 3) * 4 + 2 * lines_of_base64
+    least_quoted = len(octets) + 2 * len(octets.translate(None, _HIGH_AND_EQUALS))
+    if least_quoted <= size_of_base64:
+        # With CRLF inside, b2a_qp breaks long lines by CRLF too; in a text of one line it would use LF.
+        quoted = binascii.b2a_qp(octets.replace(b"\r\n", b"\n"), istext=True).replace(b"\n", b"\r\n")
+        if len(quoted) <= size_of_base64:
+            return quoted, b"quoted-printable"
+    return _base64_lines(octets), b"base64"
+
+
+def _line_ends(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _base64_lines(octets: bytes) -> bytes:
+    encoded = base64.b64encode(octets)
+    return b"\r\n".join(encoded[start : start + 76] for start in range(0, len(encoded), 76)) + b"\r\n"
+
+
+def _attachment_part(attachment: Attachment) -> bytes:
+    charset = "; charset=utf-8" if attachment.media_type.startswith("text/") else ""
+    header = (
+        f"Content-Type: {attachment.media_type}{charset}\r\n"
+        f"Content-Transfer-Encoding: base64\r\n"
+        f"Content-Disposition: attachment;\r\n {_file_name_parameter(attachment.name)}\r\n\r\n"
+    )
+    _refuse_controls("the attachment's name", attachment.name)
+    return header.encode("ascii") + _base64_lines(attachment.content)
+
+
+def _file_name_parameter(name: str) -> str:
+    """`filename` as a quoted string, or in the numbered pieces of RFC 2231 where it is not plain or is long."""
+    if _is_plain(name) and len(name) <= 60:
+        escaped = name.replace("\\", "\\\\").replace('"', '\\"')
+        return f'filename="{escaped}"'
+    pieces: list[str] = ["utf-8''"]
+    for character in name:
+        written = quote(character, safe="")
+        if len(pieces[-1]) + len(written) > 58:
+            pieces.append("")
+        pieces[-1] += written
+    if len(pieces) == 1:
+        return f"filename*={pieces[0]}"
+    return ";\r\n ".join(f"filename*{number}*={piece}" for number, piece in enumerate(pieces))
+
+
+def _multipart(subtype: str, parts: list[bytes], seed: str) -> bytes:
+    boundary = _boundary(parts, seed)
+    opening = b'Content-Type: multipart/%s;\r\n boundary="%s"\r\n\r\n' % (subtype.encode("ascii"), boundary)
+    inner = b"".join(b"--%s\r\n%s\r\n" % (boundary, part) for part in parts)
+    return opening + inner + b"--%s--\r\n" % boundary
+
+
+def _boundary(parts: list[bytes], seed: str) -> bytes:
+    """A boundary that follows from the Message-ID and stands in none of the parts."""
+    attempt = 0
+    while True:
+        digest = hashlib.sha256(f"{attempt}/{seed}".encode("utf-8", "replace")).hexdigest()[:32]
+        boundary = b"=_" + digest.encode("ascii")
+        if not any(boundary in part for part in parts):
+            return boundary
+        attempt += 1
+
+
+# --- The proof -------------------------------------------------------------------------------------------------------
+
+
+def prove(email: Email, raw: bytes) -> None:
+    """Raises MimeError unless `raw` reads back as exactly `email`: its headers, one recipient, texts and files."""
+    _prove_bytes(email, raw)
+    plain = _read(raw, policy.compat32)
+    modern = _read(raw, policy.default)
+    intended = Counter([name.lower() for name, _ in email.headers] + ["to", "subject", "mime-version", "content-type"])
+    for read in (plain, modern):
+        found = Counter(name.lower() for name in read.keys())  # noqa: SIM118 - not a mapping: names may repeat
+        if found != intended:
+            differing = sorted((found - intended) + (intended - found))
+            raise MimeError(f"the bytes read back with other headers than meant: {', '.join(differing)}")
+    try:
+        _prove_headers(email, plain, modern)
+        _prove_parts(email, modern)
+    except (HeaderParseError, UnicodeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        # The library itself cannot read what was written, whatever it stumbled over.
+        raise MimeError(f"the bytes cannot be read back: {type(error).__name__}: {error}") from error
+
+
+def _prove_bytes(email: Email, raw: bytes) -> None:
+    without_line_ends = raw.replace(b"\r\n", b"")
+    if b"\r" in without_line_ends or b"\n" in without_line_ends:
+        raise MimeError("the bytes hold a CR or LF that stands alone")
+    if b"\0" in raw or not (raw.isascii() or needs_smtputf8(email.to_address)):
+        raise MimeError("the bytes are not 7-bit clean")
+    if max(map(len, raw.split(b"\r\n"))) > LONGEST_LINE:
+        raise MimeError(f"a line is longer than {LONGEST_LINE} octets")
+
+
+def _read(raw: bytes, how: Policy[Message]) -> Message:
+    # UTF-8 in a header (RFC 6532) is text to a reader who knows it; the library's bytes parser does not.
+    return (
+        message_from_bytes(raw, policy=how) if raw.isascii() else message_from_string(raw.decode("utf-8"), policy=how)
+    )
+
+
+def _prove_headers(email: Email, plain: Message, modern: Message) -> None:
+    mailboxes = [("To", email.to_name, email.to_address)]
+    for name, value in email.headers:
+        if name in ADDRESS_HEADERS:
+            mailboxes.append((name, *split_mailbox(value)))
+        elif value not in [_decoded(str(one)) for one in plain.get_all(name, [])]:
+            raise MimeError(f"{name} does not read back as {value!r}")
+    for read in (_decoded(str(plain["Subject"])), str(modern["Subject"])):
+        if read != email.subject:
+            raise MimeError(f"Subject reads back as {read!r}, but is {email.subject!r}")
+    for name, display, address in mailboxes:
+        read_name, read_address = parseaddr(_unfolded(str(plain[name])))
+        if (_decoded(read_name), read_address) != (display, wire_address(address)):
+            raise MimeError(f"{name} reads back as {_decoded(read_name)!r} <{read_address}>")
+        if [one.addr_spec for one in getattr(modern[name], "addresses", ())] != [wire_address(address)]:
+            raise MimeError(f"{name} does not read back as the one address {address!r}")
+
+
+def _prove_parts(email: Email, modern: Message) -> None:
+    parts = [part for part in modern.walk() if not part.is_multipart()]
+    texts = [("text/plain", email.text), ("text/html", email.html)]
+    if len(parts) != len(texts) + len(email.attachments):
+        raise MimeError(f"the bytes hold {len(parts)} parts, not {len(texts) + len(email.attachments)}")
+    for part, (kind, meant) in zip(parts, texts, strict=False):
+        content = part.get_payload(decode=True)
+        read = content.decode("utf-8") if isinstance(content, bytes) else None
+        if part.get_content_type() != kind or read != _line_ends(meant).replace("\n", "\r\n"):
+            raise MimeError(f"the part {kind} does not read back as it was written")
+    for part, meant_file in zip(parts[len(texts) :], email.attachments, strict=True):
+        read_file = (part.get_filename(), part.get_content_type(), part.get_payload(decode=True))
+        if read_file != (meant_file.name, meant_file.media_type, meant_file.content):
+            raise MimeError(f"the attachment {meant_file.name!r} does not read back as it was written")
+
+
+def split_mailbox(value: str) -> tuple[str, str]:
+    """`Name <address>`, `"Name" <address>` or an address alone, as name (perhaps empty) and address."""
+    display, bracket, address = value.rpartition("<")
+    display = display.strip()
+    if len(display) > 1 and display[0] == display[-1] == '"':
+        display = re.sub(r"\\(.)", r"\1", display[1:-1])
+    return display, (address.removesuffix(">") if bracket else value).strip()
+
+
+def _unfolded(value: str) -> str:
+    return re.sub(r"\r?\n(?=[ \t])", "", value)
+
+
+def _decoded(value: str) -> str:
+    pieces = decode_header(_unfolded(value))
+    return "".join(piece if isinstance(piece, str) else piece.decode(charset or "ascii") for piece, charset in pieces)

@@ -1,0 +1,603 @@
+"""One event for one recipient, as an email: subject, text, HTML and headers.
+
+Promises: equal `Mail`, equal `Email`. A template sees plain values alone, and a signing link only in the variant
+`esign`: in every other one it is taken out of the data first, wherever it stands (rules.md XC-08). What comes from
+outside is text: escaped in HTML, one line in headers. A template with a fault raises RenderError and yields no mail.
+Owns: the records Mail, Ground, Attachment and Email; the filters; headers and footer facts of contract.md section 8.
+Types of the class `status` have no template, for they are never mailed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from decimal import Decimal, InvalidOperation
+from email.utils import format_datetime
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+from typing import Final, Literal
+from urllib.parse import quote
+from zoneinfo import ZoneInfo
+
+from jinja2 import Template, TemplateError, TemplateNotFound, pass_context
+from jinja2.exceptions import TemplateRuntimeError
+from jinja2.runtime import Context
+from jinja2.utils import concat
+from markupsafe import Markup
+
+from worker.event_fields import ATTACHMENT_TYPES, MAX_ATTACHMENT_BYTES, instant
+from worker.markdown import markdown_html
+from worker.sandbox import STYLE, TemplateRefused, environment, inline_fragment, shipped_templates
+
+Variant = Literal["direct", "copy", "esign", "fallback", "approval", "contact_list"]
+
+SUBJECT_LENGTH: Final = 200
+NAME_LENGTH: Final = 100
+OUTPUT_BUDGET: Final = 512 * 1024  # characters of one part (reliability.md A7)
+MAX_ATTACHMENTS: Final = 5
+WITHHELD: Final = "[signing link withheld]"
+PARTS: Final = ("subject.txt", "body.txt", "body.html")
+
+# The types that carry a signing link, and the variants in which each other type is mailed.
+SIGNED: Final = frozenset({"quote.issued", "contract.renewal", "contract.authorisation"})
+
+
+class RenderError(Exception):
+    """The mail cannot be made: names the template and the fault in one sentence. Sending it again does not help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """One account's reason for a mail: the roles (keys, titles and reason codes in the same order) that brought it."""
+
+    account: str
+    account_name: str
+    category: str
+    roles: tuple[str, ...]
+    role_titles: tuple[str, ...]
+    reasons: tuple[str, ...]
+    preference_url: str | None
+    catalogue: str = ""
+    category_title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Mail:
+    """All that a rendering depends on; `grounds` has at least one entry, and the first gives the account name."""
+
+    event: str
+    type: str
+    category: str
+    category_title: str
+    class_: str
+    data: Mapping[str, object]
+    variant: Variant
+    to_name: str
+    to_address: str
+    locale: str
+    timezone: str
+    grounds: tuple[Ground, ...]
+    vendor_name: str
+    sender: str
+    reply_to: str | None
+    message_id: str
+    date: datetime
+    list_domain: str
+    unsubscribe_url: str | None
+    status_page_url: str | None
+    extra: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A file that travels in the mail, checked and with a name that is safe to save under."""
+
+    name: str
+    media_type: str
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Email:
+    """A mail as meant, before it becomes bytes; header values are decoded text, without To, Subject and MIME ones."""
+
+    subject: str
+    text: str
+    html: str
+    headers: tuple[tuple[str, str], ...]
+    to_name: str
+    to_address: str
+    attachments: tuple[Attachment, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A fault that `Renderer.check` found in a template."""
+
+    template: str
+    fault: str
+
+
+class Renderer:
+    """Renders mails from the shipped templates, over which those in `templates_dir` win file by file.
+
+    Templates are read, checked and compiled when first used and kept; safe to share between threads.
+    """
+
+    def __init__(self, *, templates_dir: Path | None = None) -> None:
+        self._operator = templates_dir
+        self._shipped = shipped_templates()
+        roots = (self._shipped,) if templates_dir is None else (templates_dir, self._shipped)
+        self._roots = roots
+        self._versions: dict[str, str] = {}
+        style = next(root / STYLE for root in roots if (root / STYLE).is_file())
+        self._prose = _Prose(style)
+        self._environment = environment(
+            roots,
+            filters={
+                "money": _money,
+                "date": _date,
+                "datetime": _datetime,
+                "markdown": self._prose.html,
+                "link": _link,
+                "role_title": _role_title,
+            },
+        )
+
+    def render(self, mail: Mail) -> Email:
+        """The email that `mail` describes. Raises RenderError."""
+        data, files = _visible(mail)
+        context = _context(mail, data, _linked(files))
+        subject = one_line(self._part(mail.type, "subject.txt", context), SUBJECT_LENGTH)
+        if not subject:
+            raise RenderError(f"{mail.type}/subject.txt: the subject is empty; give it at least one word")
+        context["subject"] = subject
+        text = _BLANK_LINES.sub("\n\n", self._part(mail.type, "body.txt", context)).strip() + "\n"
+        html = self._part(mail.type, "body.html", context).strip() + "\n"
+        if (unsafe := _unsafe_link(html)) is not None:
+            raise RenderError(f"{mail.type}/body.html: the link {unsafe!r} is neither https, http nor mailto")
+        return Email(
+            subject=subject,
+            text=text,
+            html=html,
+            headers=_headers(mail),
+            to_name=one_line(mail.to_name, NAME_LENGTH),
+            to_address=mail.to_address,
+            attachments=_enclosed(mail.type, files),
+        )
+
+    def version(self, type_name: str) -> str:
+        """A short hash of the sources that mails of a type are made from: equal version, equal templates."""
+        known = self._versions.get(type_name)
+        if known is None:
+            digest = hashlib.blake2b(digest_size=8)
+            for folder in ("_base", type_name):
+                names = {path.name for root in self._roots for path in (root / folder).glob("*") if path.is_file()}
+                for name in sorted(names):
+                    path = next(root / folder / name for root in self._roots if (root / folder / name).is_file())
+                    digest.update(f"{folder}/{name}\0".encode() + path.read_bytes())
+            known = self._versions[type_name] = digest.hexdigest()
+        return known
+
+    def check(self, samples: Mapping[str, Mapping[str, object]]) -> tuple[Finding, ...]:
+        """What is wrong with the templates: each type of `samples` (type -> data) is rendered in each of its variants.
+
+        `samples` holds every type that is mailed; files of the operator's folder that belong to none are found too.
+        """
+        findings = [*self._strays(samples)]
+        for type_name, data in samples.items():
+            for variant in variants(type_name):
+                try:
+                    self.render(_sample_mail(type_name, data, variant))
+                except RenderError as error:
+                    template, _, fault = str(error).partition(": ")
+                    findings.append(Finding(template, f"{fault} (variant {variant})"))
+        return tuple(dict.fromkeys(findings))
+
+    def _strays(self, types: Iterable[str]) -> Iterator[Finding]:
+        if self._operator is None:
+            return
+        expected = {f"{name}/{part}" for name in types for part in PARTS}
+        for path in sorted(self._operator.rglob("*")):
+            name = path.relative_to(self._operator).as_posix()
+            if path.is_file() and not name.startswith("_base/") and name not in expected and path.suffix != ".md":
+                yield Finding(name, "no mail uses this file; a template is TYPE/subject.txt, body.txt or body.html")
+
+    def _part(self, type_name: str, part: str, context: dict[str, object]) -> str:
+        name = f"{type_name}/{part}"
+        try:
+            return _limited(self._environment.get_template(name), context)
+        except TemplateRefused as error:
+            raise RenderError(str(error)) from None
+        except TemplateNotFound as error:
+            raise RenderError(f"{name}: there is no template {error.name}") from None
+        except TemplateError as error:
+            raise RenderError(f"{name}: {error.message}") from error
+        except (
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+            MemoryError,
+        ) as error:
+            raise RenderError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def variants(type_name: str) -> tuple[Variant, ...]:
+    """The variants in which a type can be mailed."""
+    if type_name == "action.requested":
+        return ("approval", "contact_list")
+    if type_name in SIGNED:
+        return ("direct", "copy", "esign", "fallback")
+    return ("direct", "copy", "fallback")
+
+
+def one_line(text: str, longest: int) -> str:
+    """The text with control characters and line separators as spaces, trimmed and cut to `longest` characters."""
+    cleaned = _NOT_IN_HEADERS.sub(" ", text).strip() if _NOT_IN_HEADERS.search(text) else text.strip()
+    return cleaned if len(cleaned) <= longest else cleaned[: longest - 3].rstrip() + "..."
+
+
+_NOT_IN_HEADERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_NOT_IN_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_BLANK_LINES = re.compile(r"\n(?:[ \t]*\n){2,}")
+_LINK = re.compile(r"""<\w[^<>]*?\s(?:href|src|action|background)\s*=\s*["']?(?!https?://|mailto:|["'])([^"'>\s]*)""")
+
+_SAFE_TARGETS = ('="https://', '="http://', '="mailto:')
+
+
+def _unsafe_link(html: str) -> str | None:
+    """The first link in the HTML that leads elsewhere than to the web or a mailbox."""
+    ours = all(rest.startswith(_SAFE_TARGETS) for rest in html.split("href")[1:])
+    if ours and not any(word in html for word in ("src", "action", "background=")):
+        return None  # quick, and true of nearly every mail; words in a text only cost the slower look
+    found = _LINK.search(html)
+    return found.group(1) if found else None
+
+
+def _limited(template: Template, context: dict[str, object]) -> str:
+    """The template's output, at most OUTPUT_BUDGET characters of it."""
+    size = 0
+    chunks = []
+    # Jinja's generate() would add a step to each piece, and rewrite tracebacks that nobody is shown.
+    for chunk in template.root_render_func(template.new_context(context)):
+        size += len(chunk)
+        if size > OUTPUT_BUDGET:
+            raise TemplateRuntimeError(f"makes more than {OUTPUT_BUDGET // 1024} KiB of output")
+        chunks.append(chunk)
+    return concat(chunks)
+
+
+# --- What a template sees --------------------------------------------------------------------------------------------
+
+
+def _context(mail: Mail, data: dict[str, object], links: list[dict[str, str]]) -> dict[str, object]:
+    grounds = [
+        {
+            "account": ground.account,
+            "account_name": one_line(ground.account_name, NAME_LENGTH) or ground.account,
+            "catalogue": ground.catalogue,
+            "category": ground.category,
+            "category_title": ground.category_title or mail.category_title,
+            "roles": list(ground.roles),
+            "role_titles": [_role_title(title) for title in ground.role_titles],
+            "preference_url": ground.preference_url,
+        }
+        for ground in mail.grounds
+    ]
+    return {
+        "event": mail.event,
+        "type": mail.type,
+        "variant": mail.variant,
+        "data": data,
+        "extra": _plain(mail.extra, _secret(mail)),
+        "category": mail.category,
+        "category_title": mail.category_title,
+        "name": one_line(mail.to_name, NAME_LENGTH),
+        "account_name": grounds[0]["account_name"],
+        "grounds": grounds,
+        "vendor": mail.vendor_name,
+        "locale": mail.locale,
+        "timezone": mail.timezone,
+        "unsubscribe_url": mail.unsubscribe_url,
+        "status_page_url": mail.status_page_url,
+        "attachment_links": links,
+    }
+
+
+def _visible(mail: Mail) -> tuple[dict[str, object], list[dict[str, object]]]:
+    """The data that the variant may see, as plain values, and the attachments apart from it."""
+    data = {key: value for key, value in mail.data.items() if key not in ("attachments", "signing_url")}
+    secret = _secret(mail)
+    visible = {key: _plain(value, secret) for key, value in data.items()}
+    if mail.variant == "esign" and "signing_url" in mail.data:
+        visible["signing_url"] = mail.data["signing_url"]
+    given = mail.data.get("attachments")
+    files = (
+        [_file(item, secret) for item in given if isinstance(item, Mapping)] if isinstance(given, list | tuple) else []
+    )
+    return visible, files
+
+
+def _file(item: Mapping[str, object], secret: re.Pattern[str] | None) -> dict[str, object]:
+    # The content is long and Base64; only the words beside it are looked through.
+    return {key: value if key == "content_base64" else _plain(value, secret) for key, value in item.items()}
+
+
+def _secret(mail: Mail) -> re.Pattern[str] | None:
+    """What finds the signing link in other texts, with or without its scheme; None where it may be seen."""
+    link = mail.data.get("signing_url")
+    if mail.variant == "esign" or not isinstance(link, str) or not link:
+        return None
+    return _link_pattern(link)
+
+
+@lru_cache(maxsize=64)
+def _link_pattern(link: str) -> re.Pattern[str]:
+    rest = (link.partition("://")[2] or link).rstrip("/")
+    spellings = dict.fromkeys((rest, escape(rest), quote(rest, safe=""), quote(rest)))
+    return re.compile(r"(?:https?(?:://|%3a%2f%2f))?(?:" + "|".join(map(re.escape, spellings)) + ")", re.IGNORECASE)
+
+
+def _masked(value: str, secret: re.Pattern[str]) -> str | None:
+    """The text without the signing link; an address that leads to it is absent altogether, like an optional field."""
+    if not secret.search(value):
+        return value
+    is_address = value.lower().startswith(("https://", "http://")) and not re.search(r"\s", value)
+    return None if is_address else secret.sub(WITHHELD, value)
+
+
+def _plain(value: object, secret: re.Pattern[str] | None) -> object:
+    """The value rebuilt of JSON's own kinds, without control characters and with the signing link masked."""
+    if isinstance(value, str):
+        if not value.isprintable():  # quick: most texts are, and only others need the search
+            value = _NOT_IN_TEXT.sub(" ", value.replace("\r\n", "\n").replace("\r", "\n"))
+        return value if secret is None else _masked(value, secret)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {_plain(key, secret): _plain(item, secret) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, secret) for item in value]
+    raise RenderError(f"data: a value is of the kind {type(value).__name__}, which JSON does not have")
+
+
+# --- Headers ---------------------------------------------------------------------------------------------------------
+
+
+def _headers(mail: Mail) -> tuple[tuple[str, str], ...]:
+    first = mail.grounds[0]
+    headers = [("Date", format_datetime(mail.date.astimezone(UTC))), ("From", one_line(mail.sender, 500))]
+    if mail.reply_to:
+        headers.append(("Reply-To", one_line(mail.reply_to, 500)))
+    message_id = mail.message_id if mail.message_id.startswith("<") else f"<{mail.message_id}>"
+    headers += [
+        ("Message-ID", message_id),
+        ("Auto-Submitted", "auto-generated"),
+        ("X-Auto-Response-Suppress", "All"),
+        ("Feedback-ID", f"{mail.category}:{first.account}:{mail.class_}:rolecast"),
+        ("X-Rolecast-Event", mail.event),
+    ]
+    headers += [
+        ("X-Rolecast-Reason", f"account={one.account}; category={one.category}; role={','.join(one.roles)}")
+        for one in mail.grounds
+    ]
+    if mail.variant == "copy":
+        headers.append(("X-Rolecast-Copy", "yes"))
+    if mail.unsubscribe_url:
+        headers += [
+            ("List-ID", f"<{list_id(first.category, first.account, mail.list_domain)}>"),
+            ("List-Unsubscribe", f"<{mail.unsubscribe_url}>"),
+            ("List-Unsubscribe-Post", "List-Unsubscribe=One-Click"),
+        ]
+    return tuple(headers)
+
+
+def list_id(category: str, account: str, domain: str) -> str:
+    """The List-ID (RFC 2919) of an account's category: stable, and distinct for distinct accounts.
+
+    List-IDs are compared without case and consist of dot-separated words, so an account id that is not one lower-case
+    word gets a short hash.
+    """
+    label = account
+    if not _PLAIN_LABEL.fullmatch(account):
+        word = re.sub(r"[^a-z0-9]+", "-", account.lower()).strip("-")[:30]
+        label = f"{word}-{hashlib.sha256(account.encode()).hexdigest()[:10]}".lstrip("-")
+    return f"{category}.{label}.{domain}"
+
+
+_PLAIN_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,62}[a-z0-9])?")
+
+
+# --- Attachments (reliability.md A12) ---------------------------------------------------------------------------------
+
+_NOT_IN_FILE_NAMES = re.compile(
+    '[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff:*?"<>|%]'
+)
+_RESERVED_NAME = re.compile(r"(?i:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?")
+
+
+def _linked(files: list[dict[str, object]]) -> list[dict[str, str]]:
+    """The attachments that are given by their address; they are linked, never fetched."""
+    return [
+        {"name": one_line(str(file.get("name") or "file"), NAME_LENGTH), "url": url}
+        for file in files
+        if isinstance(url := file.get("url"), str) and url.startswith("https://")
+    ]
+
+
+def _enclosed(type_name: str, files: list[dict[str, object]]) -> tuple[Attachment, ...]:
+    enclosed = [_attachment(type_name, file) for file in files if file.get("content_base64")]
+    if len(enclosed) > MAX_ATTACHMENTS:
+        raise RenderError(f"{type_name}: {len(enclosed)} attachments are more than {MAX_ATTACHMENTS}; send fewer")
+    size = sum(len(one.content) for one in enclosed)
+    if size > MAX_ATTACHMENT_BYTES:
+        raise RenderError(
+            f"{type_name}: attachments of {size} bytes are more than {MAX_ATTACHMENT_BYTES}; link them by url"
+        )
+    return tuple(enclosed)
+
+
+def _attachment(type_name: str, file: dict[str, object]) -> Attachment:
+    media_type = str(file.get("media_type"))
+    given = one_line(str(file.get("name") or "file"), 500)
+    if media_type not in ATTACHMENT_TYPES:
+        known = ", ".join(ATTACHMENT_TYPES)
+        raise RenderError(f"{type_name}: the attachment {given!r} is of the type {media_type!r}; allowed are {known}")
+    try:
+        content = base64.b64decode(str(file["content_base64"]), validate=True)
+    except (binascii.Error, ValueError):
+        raise RenderError(f"{type_name}: content_base64 of the attachment {given!r} is not Base64") from None
+    endings, first_bytes = ATTACHMENT_TYPES[media_type]
+    fits = content.startswith(first_bytes) and (not media_type.startswith("text/") or _is_text(content))
+    if not fits:
+        raise RenderError(f"{type_name}: the attachment {given!r} does not hold what {media_type} says")
+    return Attachment(name=file_name(given, endings), media_type=media_type, content=content)
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        return "\0" not in content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+
+
+def file_name(given: str, endings: tuple[str, ...]) -> str:
+    """A name safe to save under: no folder, control or direction mark, no device, its type's ending, <= 100 long."""
+    name = _NOT_IN_FILE_NAMES.sub("", given.replace("\\", "/").rpartition("/")[2]).strip(" .")
+    if not name.lower().endswith(endings):
+        name = f"{name or 'file'}{endings[0]}"
+    stem, dot, ending = name.rpartition(".")
+    name = f"{stem[: NAME_LENGTH - len(ending) - 1].rstrip(' .') or 'file'}{dot}{ending}"
+    return f"_{name[1:]}" if _RESERVED_NAME.fullmatch(name) else name
+
+
+# --- Filters ---------------------------------------------------------------------------------------------------------
+
+MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+class _Prose:
+    """The filter `markdown`: safe HTML with the style sheet's rules for `.prose` written into it."""
+
+    def __init__(self, style: Path) -> None:
+        css = style.read_text(encoding="utf-8")
+
+        @lru_cache(maxsize=128)  # the recipients of a broadcast share its body
+        def html(source: str) -> Markup:
+            wrapped = inline_fragment(f'<div class="prose">{markdown_html(source)}</div>', css)
+            return Markup(wrapped.partition(">")[2].removesuffix("</div>"))  # noqa: S704 - cleaned by markdown_html
+
+        self.html = html
+
+
+@lru_cache(maxsize=1024)
+def _money(amount: str | None, currency: str) -> str:
+    """`1,280.00 EUR`; an absent amount is an empty text."""
+    if amount is None:
+        return ""
+    try:
+        return f"{Decimal(amount):,f} {currency}"
+    except InvalidOperation:
+        raise TemplateRuntimeError(f"{amount!r} is not an amount") from None
+
+
+@lru_cache(maxsize=1024)
+def _date(day: str | None) -> str:
+    """`21 Dec 2026`; an absent date is an empty text."""
+    if day is None:
+        return ""
+    try:
+        return _day(date.fromisoformat(day))
+    except ValueError:
+        raise TemplateRuntimeError(f"{day!r} is not a date") from None
+
+
+@pass_context
+def _datetime(context: Context, moment: str | None) -> str:
+    """`21 Nov 2026, 11:00 Berlin time (10:00 UTC)`, in the recipient's time zone."""
+    return "" if moment is None else _moment(moment, str(context.resolve("timezone")))
+
+
+@lru_cache(maxsize=1024)
+def _moment(moment: str, timezone: str) -> str:
+    try:
+        there = instant(moment)
+    except ValueError:
+        raise TemplateRuntimeError(f"{moment!r} is not a time") from None
+    utc = f"{_day(there)}, {there:%H:%M} UTC"
+    if timezone in ("", "UTC", "Etc/UTC"):
+        return utc
+    try:
+        here = there.astimezone(ZoneInfo(timezone))
+    except (LookupError, ValueError, OSError):  # an unknown zone must not keep anybody from hearing about the event
+        return utc
+    city = timezone.rpartition("/")[2].replace("_", " ")
+    plain_utc = f"{there:%H:%M} UTC" if here.date() == there.date() else utc
+    return f"{_day(here)}, {here:%H:%M} {city} time ({plain_utc})"
+
+
+def _day(day: date) -> str:
+    return f"{day.day} {MONTHS[day.month - 1]} {day.year}"
+
+
+def _link(url: str) -> str:
+    """The address itself where it leads to the web or a mailbox; a fault where it leads elsewhere."""
+    if url.startswith(("https://", "http://", "mailto:")):
+        return url
+    raise TemplateRuntimeError(f"{url!r} is no link that a mail may hold (https, http or mailto)")
+
+
+def _role_title(title: str) -> str:
+    """The role's name without the explanation that a catalogue may give in brackets."""
+    return title.partition(" (")[0]
+
+
+def _sample_mail(type_name: str, data: Mapping[str, object], variant: Variant) -> Mail:
+    """A mail as `check` needs it: every part of the layout in use."""
+    ground = Ground(
+        account="acme",
+        account_name="Acme Corp",
+        category=type_name,
+        roles=("accounting",),
+        role_titles=("Accounting contact",),
+        reasons=("role_matched",),
+        preference_url="https://rolecast.example/preferences/token",
+        catalogue="issuetrak",
+        category_title="sample mails",
+    )
+    return Mail(
+        event="01JCV0000000000000000000ZZ",
+        type=type_name,
+        category=type_name,
+        category_title="sample mails",
+        class_="informational",
+        data=data,
+        variant=variant,
+        to_name="Ada",
+        to_address="ada@acme.example",
+        locale="en",
+        timezone="Europe/Berlin",
+        grounds=(ground,),
+        vendor_name="Vendor",
+        sender="Vendor <notify@vendor.example>",
+        reply_to=None,
+        message_id="<sample@vendor.example>",
+        date=datetime(2026, 11, 21, 10, tzinfo=UTC),
+        list_domain="vendor.example",
+        unsubscribe_url="https://rolecast.example/unsubscribe/token",
+        status_page_url="https://status.vendor.example",
+        extra={
+            "contacts": [{"name": "Ada", "email": "ada@acme.example", "roles": ["Accounting contact"]}],
+            "requester": "Ada",
+            "decide_url": "https://rolecast.example/requests/1",
+        },
+    )
