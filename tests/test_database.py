@@ -1,0 +1,184 @@
+"""The way to the database: two kinds of transaction, and a sentence for everything that can be wrong with it."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.exc import IntegrityError, ProgrammingError
+
+import subscriptions.database
+from subscriptions.database import Database, DatabaseUnusable, system_clock
+
+
+def table(database: Database) -> None:
+    with database.write() as connection:
+        connection.execute(text("CREATE TABLE notes (n INTEGER PRIMARY KEY, words TEXT)"))
+
+
+def add(database: Database, words: str) -> None:
+    with database.write() as connection:
+        connection.execute(text("INSERT INTO notes VALUES ((SELECT count(*) FROM notes) + 1, :w)"), {"w": words})
+
+
+def count(database: Database) -> int:
+    with database.read() as connection:
+        return connection.execute(text("SELECT count(*) FROM notes")).scalar_one()
+
+
+def test_what_was_written_is_read(database: Database) -> None:
+    table(database)
+    add(database, "one")
+    assert count(database) == 1
+
+
+def test_an_error_takes_everything_of_its_transaction_back(database: Database) -> None:
+    table(database)
+
+    def fail_after_one() -> None:
+        with database.write() as connection:
+            connection.execute(text("INSERT INTO notes VALUES (1, 'one')"))
+            raise LookupError
+
+    def write_one_twice() -> None:
+        with database.write() as connection:
+            connection.execute(text("INSERT INTO notes VALUES (2, 'two')"))
+            connection.execute(text("INSERT INTO notes VALUES (2, 'again')"))
+
+    with pytest.raises(LookupError):
+        fail_after_one()
+    with pytest.raises(IntegrityError):
+        write_one_twice()
+    assert count(database) == 0
+    add(database, "after")
+    assert count(database) == 1
+
+
+def test_a_reader_sees_one_state_while_others_write(sqlite_database: Database) -> None:
+    table(sqlite_database)
+    with sqlite_database.read() as connection:
+        before = connection.execute(text("SELECT count(*) FROM notes")).scalar_one()
+        add(sqlite_database, "meanwhile")
+        assert connection.execute(text("SELECT count(*) FROM notes")).scalar_one() == before
+    assert count(sqlite_database) == before + 1
+
+
+def test_writers_of_one_process_wait_for_each_other(sqlite_database: Database) -> None:
+    table(sqlite_database)
+    threads = [threading.Thread(target=add, args=(sqlite_database, str(number))) for number in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert count(sqlite_database) == 24
+
+
+def test_a_writer_has_the_lock_before_its_first_statement(sqlite_database: Database) -> None:
+    assert sqlite_database.path is not None
+    other = sqlite3.connect(sqlite_database.path, timeout=0)
+    with sqlite_database.write(), pytest.raises(sqlite3.OperationalError, match="locked"):
+        other.execute("BEGIN IMMEDIATE")
+    other.execute("BEGIN IMMEDIATE")
+    other.close()
+
+
+def test_a_writer_waits_for_another_process_and_then_says_so(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscriptions.database, "BUSY_SECONDS", 0.1)
+    second = Database(sqlite_database.url)
+    with sqlite_database.write():
+        began = time.monotonic()
+        with pytest.raises(DatabaseUnusable, match="another process holds it for long: try again"), second.write():
+            raise AssertionError
+        assert time.monotonic() - began >= 0.1
+    second.close()
+
+
+def test_a_commit_survives_the_loss_of_power(sqlite_database: Database) -> None:
+    with sqlite_database.write() as connection:
+        assert connection.execute(text("PRAGMA synchronous")).scalar_one() == 2
+        assert connection.execute(text("PRAGMA journal_mode")).scalar_one() == "wal"
+        assert connection.execute(text("PRAGMA foreign_keys")).scalar_one() == 1
+
+
+def test_a_read_only_database_is_read_and_says_that_it_can_not_be_written(sqlite_database: Database) -> None:
+    table(sqlite_database)
+    add(sqlite_database, "one")
+    read_only = Database(f"{sqlite_database.url}?mode=ro")
+    assert count(read_only) == 1
+    with pytest.raises(DatabaseUnusable, match=r"readonly.*make the file and its folder writable"):
+        add(read_only, "two")
+    assert count(read_only) == 1
+    read_only.close()
+
+
+def test_a_full_database_says_so_and_nothing_is_half_written(sqlite_database: Database) -> None:
+    table(sqlite_database)
+    full = Database(sqlite_database.url)
+    event.listen(full.engine, "connect", lambda raw, _: raw.execute("PRAGMA max_page_count = 1"))
+    with full.read() as connection:
+        pages = connection.execute(text("PRAGMA page_count")).scalar_one()
+
+    def fill() -> None:
+        with full.write() as connection:
+            for number in range(1, 2000):
+                connection.execute(text("INSERT INTO notes VALUES (:n, :w)"), {"n": number, "w": "x" * 500})
+
+    with pytest.raises(DatabaseUnusable, match=r"full.*free space on its disk.*nothing was half-written"):
+        fill()
+    assert count(full) == 0
+    # and once there is room again, the same connections work
+    full.close()
+    add(sqlite_database, "one")
+    assert count(sqlite_database) == 1
+    assert pages > 1
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        DatabaseUnusable, match=r"the folder of the database .*/no/rolecast\.db does not exist: make it"
+    ):
+        Database(f"sqlite:///{tmp_path}/no/rolecast.db")
+
+
+def test_a_path_that_is_a_folder_is_named(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}")
+    with pytest.raises(DatabaseUnusable, match=r"unable to open.*check the path"), database.read():
+        raise AssertionError
+    database.close()
+
+
+@pytest.mark.parametrize("url", ["mysql://db.test/x", "rolecast.db", ""])
+def test_a_kind_of_database_that_nobody_knows_is_refused(url: str) -> None:
+    with pytest.raises(DatabaseUnusable, match="use sqlite:///PATH or postgresql://"):
+        Database(url)
+
+
+def test_a_server_that_can_not_be_reached_is_named_without_the_password() -> None:
+    database = Database("postgresql://anna:kanarienvogel@127.0.0.1:1/rolecast?connect_timeout=2")
+    words = r"127\.0\.0\.1:1/rolecast.*start the server, or correct"
+    with pytest.raises(DatabaseUnusable, match=words) as caught, database.read():
+        raise AssertionError
+    assert "kanarienvogel" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    database.close()
+
+
+def test_a_fault_in_a_statement_is_ours_and_is_not_dressed_up(postgresql_database: Database) -> None:
+    with pytest.raises(ProgrammingError), postgresql_database.read() as connection:
+        connection.execute(text("SELECT nonsense"))
+
+
+def test_nothing_is_opened_before_the_first_transaction(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'rolecast.db'}")
+    assert list(tmp_path.iterdir()) == []
+    database.close()
+
+
+def test_the_clock_tells_microseconds() -> None:
+    assert abs(system_clock() - time.time() * 1_000_000) < 5_000_000
