@@ -537,12 +537,12 @@ def facts(records: Iterable[AccountRecord], catalogues: Mapping[str, Catalogue])
     complained: set[str] = set()
     opted_out: set[tuple[str, str]] = set()
     for account in accounts:
-        suppressed.update(_given(account.bounced, ()))
-        for suppression in _given(account.suppressions, ()):
+        suppressed.update(given(account.bounced, ()))
+        for suppression in given(account.suppressions, ()):
             (complained if suppression.cause == "complaint" else suppressed).add(suppression.address)
         categories = catalogues[account.catalogue].vocabulary.categories
-        for contact in _given(account.contacts, ()):
-            for opt_out in _given(contact.opt_outs, ()):
+        for contact in given(account.contacts, ()):
+            for opt_out in given(contact.opt_outs, ()):
                 if categories[opt_out.category].class_ == "promotional":
                     opted_out.add((contact.address, opt_out.category))
                 if opt_out.by == "complaint":
@@ -561,8 +561,8 @@ def _account_facts(
     return AccountFacts(
         id=account.id,
         catalogue=account.catalogue,
-        uses=_given(account.uses, frozenset()),
-        contacts=tuple(_contact_facts(contact) for contact in _given(account.contacts, ())),
+        uses=given(account.uses, frozenset()),
+        contacts=tuple(_contact_facts(contact) for contact in given(account.contacts, ())),
         suppressed=suppressed,
         opted_out=opted_out,
         complained=complained,
@@ -573,15 +573,16 @@ def _contact_facts(contact: ContactRecord) -> ContactFacts:
     return ContactFacts(
         id=contact.id,
         email=contact.address,
-        roles=_given(contact.roles, ()),
-        kind=_given(contact.kind, "person"),
-        products=_given(contact.products, None),
-        opt_outs=frozenset((opt_out.role, opt_out.category) for opt_out in _given(contact.opt_outs, ())),
-        unreachable=_given(contact.unreachable, False),
+        roles=given(contact.roles, ()),
+        kind=given(contact.kind, "person"),
+        products=given(contact.products, None),
+        opt_outs=frozenset((opt_out.role, opt_out.category) for opt_out in given(contact.opt_outs, ())),
+        unreachable=given(contact.unreachable, False),
     )
 
 
-def _given(value: _Value | Absent, default: _Value) -> _Value:
+def given(value: _Value | Absent, default: _Value) -> _Value:
+    """The value, or the default where the document does not have its key."""
     return default if isinstance(value, Absent) else value
 
 
