@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal
 
 import structlog
@@ -17,11 +17,10 @@ import structlog
 EVENT_NAMES = frozenset(
     {
         "event.accepted",
-        "event.refused",
-        "event.redirected",
         "event.planned",
         "event.done",
-        "slice.settled",
+        "event.held",
+        "slice.failed",
         "delivery.failed",
         "delivery.deferred",
         "delivery.held",
@@ -29,10 +28,8 @@ EVENT_NAMES = frozenset(
         "relay.unusable",
         "worker.started",
         "worker.stopped",
-        "worker.waits",
         "rescue.freed",
         "feed.failed",
-        "feed.read",
         "web.started",
         "database.unusable",
         "database.upgraded",
@@ -42,7 +39,9 @@ EVENT_NAMES = frozenset(
 #: Every event name that the project logs; a test holds the code against it.
 
 _SECRET_KEYS = re.compile(r"password|token|secret|api_key|authorization|signature|dsn", re.IGNORECASE)
-_ADDRESS = re.compile(r"([^\s<>@\"']{1,64})@([A-Za-z0-9.\-]+\.[A-Za-z0-9\-]+)")
+_ADDRESS = re.compile(r"([^\s<>@\"']{1,64})@([\w.\-]+\.[\w\-]+)")
+_CREDENTIALS = re.compile(r"://[^\s/@]*@")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _TOKEN_PATH = re.compile(r"/(unsubscribe|preferences)/[^\s\"?]+")
 
 
@@ -53,10 +52,9 @@ def configure(log_format: Literal["console", "json"] | None, *, level: int = log
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        redact,
     ]
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
         if chosen == "console"
         else structlog.processors.JSONRenderer()
     )
@@ -64,7 +62,8 @@ def configure(log_format: Literal["console", "json"] | None, *, level: int = log
         foreign_pre_chain=shared,
         processors=[
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-            structlog.processors.format_exc_info if chosen == "json" else _untouched,
+            structlog.processors.format_exc_info,
+            redact,
             renderer,
         ],
     )
@@ -91,17 +90,25 @@ def get(name: str) -> Any:
 def redact(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Stars for secrets, `a***@domain` for addresses, nothing behind the name of a personal link."""
     for key, value in line.items():
-        if _SECRET_KEYS.search(key):
-            line[key] = "***"
-        elif isinstance(value, str):
-            line[key] = masked(value)
+        line[key] = _redacted(key, value)
     return line
+
+
+def _redacted(key: str, value: Any) -> Any:
+    if _SECRET_KEYS.search(key):
+        return "***"
+    if isinstance(value, Mapping):
+        return {name: _redacted(str(name), part) for name, part in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_redacted(key, part) for part in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    text = masked(str(value))
+    # Control characters could make a line look like two, or paint the terminal; a trace keeps its lines.
+    return text if key == "exception" else _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def masked(text: str) -> str:
-    """A text with its addresses and personal links made unreadable."""
+    """A text with its addresses, personal links and the credentials of its URLs made unreadable."""
+    text = _CREDENTIALS.sub("://***@", text)
     return _TOKEN_PATH.sub(r"/\1/***", _ADDRESS.sub(lambda found: f"{found[1][0]}***@{found[2]}", text))
-
-
-def _untouched(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    return line

@@ -2,7 +2,7 @@
 
 Environment `ROLECAST_*` wins over `rolecast.toml`, which wins over the defaults. `NAME_FILE` reads a value from a
 file. An unknown name, or a value that does not parse, raises `SettingsError`: one line naming it and the remedy.
-Secrets are `Secret`s: they show as stars wherever they are printed.
+Secrets are `Secret`s: they show as stars wherever settings are listed, and no error shows them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ DELIVERY_MODES = ("test", "team", "live")
 #: From the strictest to the freest.
 
 
+SHORTEST_KEY = 16
+#: Characters of a key that signs links.
+
+
 class SettingsError(Exception):
     """A setting is unknown or can't be read; the message is one line naming it, its value and the remedy."""
 
 
 class Secret(str):
-    """A value that never shows itself in a message, a log or a listing."""
+    """A value that does not show itself where settings are listed: its `repr` is stars, `str` gives it away."""
 
     __slots__ = ()
 
@@ -279,7 +283,7 @@ def _whole(low: int, high: int) -> Callable[[Any], int]:
             number = int(value)
         except (TypeError, ValueError):
             number = low - 1
-        if isinstance(value, bool) or not low <= number <= high:
+        if isinstance(value, bool | float) or not low <= number <= high:
             message = f"give a whole number from {low} to {high}"
             raise ValueError(message)
         return number
@@ -321,10 +325,16 @@ def _team(value: Any) -> Team:
 def _sender(value: Any) -> str:
     text = _text(value)
     name, address = parseaddr(text)
-    if not address or any(ord(letter) < 32 for letter in text):
-        message = "give `Name <address>`, such as `Acme Support <support@acme.example>`"
+    if "@" not in address or any(ord(letter) < 32 for letter in text):
+        message = (
+            "give `Name <address>`, such as `Acme Support <support@acme.example>`; "
+            'a name with a comma, a dot or the like stands in quotation marks: `"Acme, Inc." <support@acme.example>`'
+        )
         raise ValueError(message)
     checked = as_written(address)
+    if any(letter in name for letter in '()<>@,:;.[]"\\'):  # it must be read again as it was written
+        quoted = name.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{quoted}" <{checked}>'
     return f"{name} <{checked}>" if name else checked
 
 
@@ -334,17 +344,38 @@ def _domain(value: Any) -> str:
 
 def _web_url(value: Any) -> str:
     text = _text(value).rstrip("/")
-    parts = urlsplit(text)
-    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username or parts.query or parts.fragment:
+    parts = _split(text)
+    if (
+        parts is None
+        or parts.scheme not in {"http", "https"}
+        or not parts.hostname
+        or parts.username
+        or parts.query
+        or parts.fragment
+    ):
         message = "give an http or https address, such as https://notify.acme.example"
         raise ValueError(message)
     return text
 
 
+def _split(text: str) -> SplitResult | None:
+    """The parts of an address; None where it is none, or its port is no port."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        return None
+    return None if port == 0 else parts
+
+
 def _feed_url(value: Any) -> str:
     text = _text(value)
-    parts = urlsplit(text)
-    if parts.scheme not in {"http", "https", "file"} or (parts.scheme != "file" and not parts.hostname):
+    parts = _split(text)
+    if (
+        parts is None
+        or parts.scheme not in {"http", "https", "file"}
+        or (parts.scheme != "file" and not parts.hostname)
+    ):
         message = "give the https address of an Atom or RSS feed"
         raise ValueError(message)
     return text
@@ -384,8 +415,8 @@ def _broker_url(value: Any) -> Secret:
 
 def _secret_keys(value: Any) -> tuple[Secret, ...]:
     keys = tuple(Secret(part) for part in _list(value))
-    if any(len(key) < 16 for key in keys) or not keys:
-        message = "give keys of at least 16 characters, such as `openssl rand -hex 32` prints"
+    if any(len(key) < SHORTEST_KEY for key in keys) or not keys:
+        message = f"give keys of at least {SHORTEST_KEY} characters, such as `openssl rand -hex 32` prints"
         raise ValueError(message)
     return keys
 
@@ -411,23 +442,24 @@ def _relays(value: Any) -> tuple[RelaySettings, ...]:
 
 
 def _relay(text: str) -> RelaySettings:
-    parts = urlsplit(text)
-    if parts.scheme not in {"smtp", "smtps"} or not parts.hostname or parts.path not in {"", "/"} or parts.fragment:
+    parts = _split(text)
+    if (
+        parts is None
+        or parts.scheme not in {"smtp", "smtps"}
+        or not parts.hostname
+        or parts.path not in {"", "/"}
+        or parts.fragment
+    ):
         message = "give smtp://[user:password@]host:port or smtps://...; several are separated by spaces"
         raise ValueError(message)
     options = _relay_options(parts)
     implicit = parts.scheme == "smtps"
-    try:
-        port = parts.port
-    except ValueError as error:
-        message = "the port must be a number up to 65535"
-        raise ValueError(message) from error
     if parts.password is not None and not parts.username:
         message = "a password stands without its user: give user:password@"
         raise ValueError(message)
     return RelaySettings(
         host=parts.hostname,
-        port=port or (465 if implicit else 587),
+        port=parts.port or (465 if implicit else 587),
         implicit_tls=implicit,
         tls=_one_of("required", "opportunistic", "none")(options.get("tls", "required")),  # type: ignore[arg-type]
         user=unquote(parts.username) if parts.username else None,

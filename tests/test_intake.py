@@ -1,0 +1,207 @@
+"""A fact is accepted exactly once, and what can't be accepted leaves nothing behind."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from sqlalchemy import func, select
+
+from subscriptions.database import Database
+from tests.house import ACME, CLI, DAY, GLOBEX, NOW, MovedClock, event, house, publish
+from worker import ledger
+from worker.app import App
+from worker.fanout import unpack
+from worker.intake import Publisher, Refused
+from worker.schema import deliveries, events, flights, slices, tallies, verdicts
+
+
+def count(app: App, table: object) -> int:
+    with app.database.read() as connection:
+        return int(connection.execute(select(func.count()).select_from(table)).scalar_one())  # type: ignore[arg-type]
+
+
+def test_an_event_for_one_account_is_planned_when_it_is_accepted(tmp_path: Path) -> None:
+    with house(tmp_path, ACME) as app:
+        answer = publish(app, event("invoice.issued"))[0]
+        assert (answer.duplicate, answer.route, answer.outcome) == (False, "email", "deliver")
+        assert len(answer.event) == 26
+        with app.database.read() as connection:
+            row = connection.execute(select(events)).one()
+            assert (row.status, row.scope, row.lane) == ("sending", "one", ledger.Lane.NORMAL)
+            assert ledger.totals(connection, row.id) == {"planned": 1}
+            packed = connection.execute(select(verdicts.c.packed)).scalar_one()
+            assert len(unpack(packed)) == 4, "every contact has a verdict"
+        assert count(app, slices) == 1
+
+
+def test_the_same_fact_again_is_a_duplicate_and_changes_nothing(tmp_path: Path) -> None:
+    with house(tmp_path, ACME) as app:
+        first = publish(app, event("invoice.issued"))[0]
+        again = publish(app, event("invoice.issued"))[0]
+        assert again.duplicate
+        assert (again.event, again.outcome) == (first.event, first.outcome)
+        assert (count(app, events), count(app, deliveries), count(app, slices)) == (1, 1, 1)
+
+
+def test_the_same_source_and_id_with_other_content_is_a_conflict(tmp_path: Path) -> None:
+    with house(tmp_path, ACME) as app:
+        publish(app, event("invoice.issued"))
+        with pytest.raises(Refused, match="needs a new id") as refused:
+            publish(app, event("invoice.issued", amount="9.99"))
+        assert [fault.kind for fault in refused.value.faults] == ["conflict"]
+        assert count(app, events) == 1
+
+
+def test_time_and_extensions_do_not_make_another_fact(tmp_path: Path) -> None:
+    from tests.house import envelope
+    from worker.events import parse_event
+
+    with house(tmp_path, ACME) as app:
+        publish(app, event("invoice.issued"))
+        value = envelope("invoice.issued") | {"time": "2030-01-01T00:00:00Z", "trace": "abc"}
+        assert publish(app, parse_event(value))[0].duplicate
+
+
+def test_a_thousand_publishers_of_one_fact_make_one_event(tmp_path: Path) -> None:
+    with house(tmp_path, ACME) as app, ThreadPoolExecutor(16) as pool:
+        start = threading.Barrier(16)
+
+        def one(number: int) -> bool:
+            if number < 16:
+                start.wait()
+            return publish(app, event("invoice.issued"))[0].duplicate
+
+        duplicates = list(pool.map(one, range(1000)))
+        assert duplicates.count(False) == 1
+        assert (count(app, events), count(app, deliveries)) == (1, 1)
+
+
+def test_one_fault_refuses_a_whole_batch_and_leaves_nothing(tmp_path: Path) -> None:
+    with house(tmp_path, ACME) as app:
+        good, bad = event("invoice.issued"), event("invoice.issued", id="e2", account="nobody")
+        with pytest.raises(Refused, match="'nobody', which the directory does not have") as refused:
+            publish(app, good, bad)
+        assert [(fault.index, fault.pointer) for fault in refused.value.faults] == [(1, "/data/account")]
+        assert (count(app, events), count(app, deliveries), count(app, tallies)) == (0, 0, 0)
+        assert not publish(app, good)[0].duplicate
+
+
+def test_invalid_events_are_told_before_conflicting_ones(tmp_path: Path) -> None:
+    with house(tmp_path, ACME) as app:
+        publish(app, event("invoice.issued"))
+        with pytest.raises(Refused) as refused:
+            publish(app, event("invoice.issued", amount="1.00"), event("invoice.issued", id="e2", account="nobody"))
+        assert [fault.kind for fault in refused.value.faults] == ["invalid", "conflict"]
+
+
+def test_a_duplicate_inside_a_batch_is_a_duplicate(tmp_path: Path) -> None:
+    with house(tmp_path, ACME) as app:
+        answers = publish(app, event("invoice.issued"), event("invoice.issued"))
+        assert [answer.duplicate for answer in answers] == [False, True]
+
+
+def test_a_category_that_the_account_does_not_have_refuses_the_event(tmp_path: Path) -> None:
+    with house(tmp_path, ACME) as app:
+        with pytest.raises(Refused, match="does not have"):
+            publish(app, event("quote.issued"))
+        assert count(app, events) == 0
+
+
+def test_in_a_broadcast_accounts_without_the_category_are_rejected_and_the_event_is_accepted(tmp_path: Path) -> None:
+    with house(tmp_path, ACME, GLOBEX) as app:
+        answer = publish(app, event("announcement.published", accounts="all"))[0]
+        assert (answer.route, answer.outcome) == ("email", None)
+
+
+def test_an_unknown_account_in_a_list_refuses_the_event_with_its_place(tmp_path: Path) -> None:
+    with house(tmp_path, ACME) as app:
+        with pytest.raises(Refused) as refused:
+            publish(app, event("announcement.published", accounts=["acme", "nobody"]))
+        assert refused.value.faults[0].pointer == "/data/accounts/1"
+        assert count(app, events) == 0
+
+
+def test_a_broadcast_to_an_empty_directory_is_refused(tmp_path: Path) -> None:
+    with house(tmp_path) as app, pytest.raises(Refused, match="the directory has no account: import one first"):
+        publish(app, event("announcement.published", accounts="all"))
+
+
+def test_an_outage_is_answered_with_the_status_page_and_plans_no_mail(tmp_path: Path) -> None:
+    with house(tmp_path, ACME, GLOBEX) as app:
+        answers = publish(
+            app,
+            event("outage.started", accounts="all"),
+            event("outage.started", id="e2", account="acme"),
+        )
+        assert [answer.route for answer in answers] == ["status_page", "status_page"]
+        assert [answer.outcome for answer in answers] == [None, "redirected_to_status_page"]
+        assert all(a.status_page == {"url": "https://status.vendor.example", "incident": None} for a in answers)
+        assert (count(app, deliveries), count(app, slices), count(app, flights)) == (0, 0, 0)
+        assert count(app, verdicts) == 1, "a status-page broadcast stores one row: the event's own"
+
+
+def test_a_product_that_no_account_uses_is_told_back(tmp_path: Path) -> None:
+    with house(tmp_path, ACME) as app:
+        answer = publish(app, event("announcement.published", account="acme", products=["invoicing", "teleport"]))[0]
+        assert answer.notes == ("no account uses the product 'teleport'",)
+
+
+def test_an_event_that_waits_for_its_time_is_not_planned_before(tmp_path: Path) -> None:
+    with house(tmp_path, ACME) as app:
+        publish(app, event("invoice.issued", not_before="2026-11-22T10:00:00Z"))
+        with app.database.read() as connection:
+            assert connection.execute(select(events.c.status)).scalar_one() == "accepted"
+            assert not ledger.waits_for_plan(connection, now=NOW)
+            assert ledger.waits_for_plan(connection, now=NOW + DAY)
+        assert count(app, deliveries) == 0
+
+
+def test_who_asked_counts_only_from_a_publisher_that_attests(tmp_path: Path) -> None:
+    change = {"change": "add_role", "role": "secondary_support", "contact": "cy"}
+    asked = {"action": "contact_change", "requested_by": "ada", "change": change}
+    with house(tmp_path, ACME) as app:
+        attested = publish(app, event("action.requested", id="a", **asked))[0]
+        plain = publish(app, event("action.requested", id="b", **asked), publisher=Publisher("key", attests=False))[0]
+        assert (attested.outcome, plain.outcome) == ("authorised", "pending_approval")
+        assert attested.route == "request"
+
+
+def test_a_dry_run_answers_as_the_acceptance_would_and_stores_nothing(tmp_path: Path) -> None:
+    with house(tmp_path, ACME, GLOBEX) as app:
+        found = app.intake.dry_run([event("announcement.published", accounts="all"), event("invoice.issued")], CLI)
+        assert [(account.id, verdict.outcome) for _, account, verdict in found] == [
+            ("acme", "deliver"),
+            ("globex", "rejected"),
+            ("acme", "deliver"),
+        ]
+        assert count(app, events) == 0
+
+
+def test_acceptance_works_alike_on_both_databases(database: Database, tmp_path: Path) -> None:
+    import datetime
+
+    from subscriptions.catalogue import load_catalogues
+    from worker.fanout import Planner
+    from worker.intake import Intake
+    from worker.settings import load
+    from worker.sharedfeed import SharedFeed
+    from worker.statuspage import StatusPage
+
+    settings = load({"ROLECAST_SENDER": "v@vendor.example"}, folder=tmp_path)
+    catalogues = load_catalogues()
+    page = StatusPage(None, clock=lambda: datetime.datetime.now(datetime.UTC))
+    intake = Intake(
+        database, Planner(catalogues, "live", settings.team), SharedFeed(database, page), settings, MovedClock()
+    )
+    app = App(settings, database, catalogues, intake.planner, intake.feed, intake, MovedClock())
+    from tests.house import import_accounts
+
+    import_accounts(app, [ACME, GLOBEX])
+    answers = intake.accept([event("invoice.issued"), event("quote.issued", id="q", account="globex")], CLI)
+    assert [answer.outcome for answer in answers] == ["deliver", "deliver"]
+    assert intake.accept([event("invoice.issued")], CLI)[0].duplicate
+    with database.read() as connection:
+        assert connection.execute(select(func.count()).select_from(deliveries)).scalar_one() == 2

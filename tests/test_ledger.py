@@ -1,0 +1,203 @@
+"""The ledger's statements: claims are won once, outcomes are recorded once, nothing that is owed is forgotten."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import insert, select
+
+from subscriptions.database import Database
+from tests.house import DAY, NOW
+from worker import ledger
+from worker.ledger import Claim, Lane, Settlement, Status
+from worker.schema import deliveries, events, flights, slices
+
+ALL_CLASSES = ("promotional", "informational", "operational", "transactional", "approval", "security")
+
+
+def plan(database: Database, *, mails: int = 3, class_: str = "operational", lane: Lane = Lane.URGENT) -> None:
+    """An event that is wholly planned."""
+    with database.write() as connection:
+        connection.execute(
+            insert(events).values(
+                ulid="U1", source="/s", ce_id="1", content_mac=b"", type="file.failed", category="file_failure",
+                lane=int(lane), scope="one", accepted_at=NOW, mode="live", status="sending", sender_domain="v.example",
+                bounce_domain="v.example", next_n=mails + 1, **{"class": class_},
+            )
+        )  # fmt: skip
+        rows = [
+            {"event_id": 1, "n": n, "mailbox_id": n, "account_id": 1, "contact_id": n, "shape_id": 1, "status": 0}
+            for n in range(1, mails + 1)
+        ]
+        connection.execute(insert(deliveries), rows)
+        ledger.add_tallies(connection, 0, {(1, Status.PLANNED): mails})
+        ledger.make_slices(connection, 1, lane, first_n=1, last_n=mails, due_at=NOW)
+
+
+def worker(database: Database, *, now: int = NOW) -> int:
+    with database.write() as connection:
+        return ledger.register(connection, host="h", pid=1, lanes="all", now=now)
+
+
+def claim(database: Database, owner: int, slice_id: int = 1) -> Claim | None:
+    with database.write() as connection:
+        return ledger.claim(connection, slice_id, owner, now=NOW)
+
+
+def outcome(taken: Claim, n: int, status: Status, *, due_at: int | None = None) -> Settlement:
+    return Settlement(
+        event_id=1, n=n, slice_id=taken.slice_id, epoch=taken.epoch, flight_id=0, status=status, reason=None,
+        attempted=True, due_at=due_at, relay="r", reply="250", flown_at=NOW, at=NOW,
+    )  # fmt: skip
+
+
+def settle(database: Database, owner: int, *settlements: Settlement) -> int:
+    with database.write() as connection:
+        return ledger.settle(connection, owner, settlements)
+
+
+def statuses(database: Database) -> list[int]:
+    with database.read() as connection:
+        return list(connection.execute(select(deliveries.c.status).order_by(deliveries.c.n)).scalars())
+
+
+def test_a_slice_is_claimed_by_one_of_many(database: Database) -> None:
+    plan(database)
+    owners = [worker(database) for _ in range(8)]
+    barrier = threading.Barrier(8)
+
+    def attempt(owner: int) -> bool:
+        barrier.wait()
+        return claim(database, owner) is not None
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(attempt, owners)) == 1
+
+
+def test_what_was_settled_is_not_settled_again(database: Database) -> None:
+    plan(database)
+    me = worker(database)
+    taken = claim(database, me)
+    assert taken is not None
+    assert settle(database, me, outcome(taken, 1, Status.ACCEPTED)) == 1
+    assert settle(database, me, outcome(taken, 1, Status.FAILED)) == 0
+    assert statuses(database) == [Status.ACCEPTED, Status.PLANNED, Status.PLANNED]
+    with database.read() as connection:
+        assert ledger.totals(connection, 1) == {"accepted": 1, "planned": 2}
+
+
+def test_who_lost_the_claim_records_acceptances_only(database: Database) -> None:
+    plan(database)
+    slow, quick = worker(database), worker(database)
+    taken = claim(database, slow)
+    assert taken is not None
+    with database.write() as connection:
+        ledger.free_orphans(connection, quick, dead_before=None, now=NOW)
+    again = claim(database, quick)
+    assert again is not None
+    assert again.epoch == taken.epoch + 1
+    late = [outcome(taken, 1, Status.ACCEPTED), outcome(taken, 2, Status.FAILED)]
+    assert settle(database, slow, *late) == 1
+    assert statuses(database) == [Status.ACCEPTED, Status.PLANNED, Status.PLANNED]
+    with database.write() as connection:
+        assert ledger.owed(connection, again) == [2, 3]
+        assert ledger.begin(connection, taken, slow, [2], now=NOW)[0] == 0, "it may begin no further flight"
+
+
+@pytest.mark.parametrize(("class_", "expected"), [("operational", Status.PLANNED), ("transactional", Status.HELD)])
+def test_what_a_vanished_worker_had_in_flight_is_sent_again_or_held_by_class(
+    class_: str, expected: Status, database: Database
+) -> None:
+    plan(database, class_=class_)
+    gone, rescuer = worker(database), worker(database)
+    taken = claim(database, gone)
+    assert taken is not None
+    with database.write() as connection:
+        ledger.begin(connection, taken, gone, [2], now=NOW)
+        assert ledger.free_orphans(connection, rescuer, dead_before=None, now=NOW) == 1
+        assert connection.execute(select(flights)).all() == []
+        attempts = connection.execute(select(deliveries.c.attempts).order_by(deliveries.c.n)).scalars().all()
+    assert statuses(database) == [Status.PLANNED, expected, Status.PLANNED]
+    assert attempts == [0, 1, 0], "what was not in flight was never attempted"
+    assert claim(database, rescuer) is not None
+
+
+def test_a_worker_whose_heart_beats_keeps_its_slices(database: Database) -> None:
+    plan(database)
+    alive, other = worker(database), worker(database)
+    assert claim(database, alive)
+    with database.write() as connection:
+        assert ledger.free_orphans(connection, other, dead_before=NOW - 1, now=NOW) == 0
+        assert ledger.free_orphans(connection, other, dead_before=NOW + 1, now=NOW) == 1
+
+
+def test_deferred_mail_comes_back_in_a_slice_of_its_own_when_it_is_due(database: Database) -> None:
+    plan(database)
+    me = worker(database)
+    taken = claim(database, me)
+    assert taken is not None
+    settle(
+        database, me, outcome(taken, 1, Status.ACCEPTED), outcome(taken, 2, Status.PLANNED, due_at=NOW + 60),
+        outcome(taken, 3, Status.ACCEPTED),
+    )  # fmt: skip
+    with database.write() as connection:
+        ledger.finish(connection, taken, me, now=NOW)
+        assert ledger.ended(connection) == []
+        assert ledger.gather_retries(connection, now=NOW) == 0
+        assert ledger.gather_retries(connection, now=NOW + 60) == 1
+        chosen = ledger.take_for_queue(connection, Lane.URGENT, room=4, now=NOW + 60)
+        retry = ledger.claim(connection, chosen[0], me, now=NOW + 60)
+        assert retry is not None
+        assert retry.members == (2,)
+        assert ledger.owed(connection, retry) == [2]
+        ledger.settle(connection, me, [outcome(retry, 2, Status.ACCEPTED)])
+        ledger.finish(connection, retry, me, now=NOW)
+        assert ledger.ended(connection) == [(1, "U1")]
+
+
+def test_a_queue_that_lost_its_messages_is_filled_again(database: Database) -> None:
+    plan(database)
+    with database.write() as connection:
+        assert ledger.take_for_queue(connection, Lane.URGENT, room=4, now=NOW) == [1]
+        assert ledger.take_for_queue(connection, Lane.URGENT, room=4, now=NOW) == []
+        assert ledger.forget_queued(connection, before=NOW) == 0
+        assert ledger.forget_queued(connection, before=NOW + 1) == 1
+        assert ledger.take_for_queue(connection, Lane.URGENT, room=4, now=NOW) == [1]
+
+
+def test_a_lane_holds_no_more_slices_than_it_has_room_for(database: Database) -> None:
+    plan(database, mails=ledger.SLICE_SIZE * 5)
+    with database.write() as connection:
+        assert len(ledger.take_for_queue(connection, Lane.URGENT, room=3, now=NOW)) == 3
+        assert ledger.take_for_queue(connection, Lane.URGENT, room=3, now=NOW) == []
+        connection.execute(slices.update().where(slices.c.id == 1).values(done_at=NOW))
+        assert len(ledger.take_for_queue(connection, Lane.URGENT, room=3, now=NOW)) == 1
+
+
+def test_each_class_travels_in_its_lane() -> None:
+    lanes = {name: ledger.lane_of(name, broadcast=False) for name in ALL_CLASSES}
+    assert lanes == {
+        "promotional": Lane.BULK,
+        "informational": Lane.BULK,
+        "operational": Lane.URGENT,
+        "transactional": Lane.NORMAL,
+        "approval": Lane.URGENT,
+        "security": Lane.URGENT,
+    }
+    assert {ledger.lane_of(name, broadcast=True) for name in ALL_CLASSES} == {Lane.BULK}
+
+
+@given(attempts=st.integers(1, 400), age=st.integers(0, 10 * DAY), spread=st.floats(0, 1))
+def test_retries_are_never_less_than_a_minute_apart_and_never_after_the_time_to_live(
+    attempts: int, age: int, spread: float
+) -> None:
+    at = ledger.retry_at(attempts, now=NOW + age, accepted_at=NOW, spread=spread)
+    if at is None:
+        assert age + 5 * 3_600_000_000 > ledger.GIVE_UP_DAYS * DAY
+    else:
+        assert 60_000_000 <= at - (NOW + age) <= 5 * 3_600_000_000
+        assert at < NOW + ledger.GIVE_UP_DAYS * DAY

@@ -1,0 +1,257 @@
+"""From rows of the ledger to a `rendering.Mail`: everything that one delivery says, gathered in one place.
+
+`load` reads a handful of statements for a whole flight; `mail_of` is pure. Sending, previewing and showing again what
+was sent all go through it, so that they cannot differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any, cast
+
+from sqlalchemy import Connection, select
+
+from subscriptions import directory
+from subscriptions.catalogue import Catalogue
+from subscriptions.directory import ContactRow
+from subscriptions.schema import accounts as accounts_table
+from worker.fanout import EventRow
+from worker.links import Links
+from worker.rendering import Ground, Mail, Variant
+from worker.schema import deliveries, more_grounds, verdict_shapes
+from worker.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A verdict without its contact."""
+
+    delivery: str | None
+    matched: tuple[tuple[str, str], ...]
+    dropped: tuple[tuple[str | None, str], ...]
+    deduplicated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GroundRow:
+    """One account's reason for a delivery, by numbers."""
+
+    account: int
+    contact: int
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A delivery with its grounds, the first one first."""
+
+    n: int
+    mailbox: int
+    attempts: int
+    first_flight_at: int | None
+    rendition_id: int | None
+    grounds: tuple[GroundRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class People:
+    """The contacts and accounts that a set of deliveries speaks of, by number."""
+
+    contacts: Mapping[int, ContactRow]
+    accounts: Mapping[int, tuple[str, str, str]]  # (id, name, catalogue)
+    members: Mapping[int, Sequence[ContactRow]]  # all contacts of an account, for requests only
+
+
+@lru_cache(maxsize=4096)
+def shape_of(body: str) -> Shape:
+    """A stored verdict shape."""
+    delivery, matched, dropped, deduplicated = json.loads(body)
+    return Shape(
+        delivery,
+        tuple((role, reason) for role, reason in matched),
+        tuple((role, reason) for role, reason in dropped),
+        deduplicated,
+    )
+
+
+def load(connection: Connection, event: EventRow, numbers: Sequence[int]) -> tuple[list[Due], People]:
+    """The deliveries of an event with these numbers, in order, and whom they speak of."""
+    table = deliveries
+    rows = connection.execute(
+        select(
+            table.c.n, table.c.mailbox_id, table.c.attempts, table.c.first_flight_at, table.c.rendition_id,
+            table.c.account_id, table.c.contact_id, verdict_shapes.c.body,
+        )
+        .join(verdict_shapes, verdict_shapes.c.id == table.c.shape_id)
+        .where(table.c.event_id == event.id, table.c.n.in_(numbers))
+        .order_by(table.c.n)
+    ).all()  # fmt: skip
+    further: dict[int, list[GroundRow]] = {}
+    if event.scope != "one":
+        more = more_grounds
+        for row in connection.execute(
+            select(more.c.n, more.c.account_id, more.c.contact_id, verdict_shapes.c.body)
+            .join(verdict_shapes, verdict_shapes.c.id == more.c.shape_id)
+            .where(more.c.event_id == event.id, more.c.n.in_(numbers))
+            .order_by(more.c.n, more.c.account_id, more.c.contact_id)
+        ):
+            further.setdefault(row.n, []).append(GroundRow(row.account_id, row.contact_id, shape_of(row.body)))
+    dues = [
+        Due(
+            n=row.n,
+            mailbox=row.mailbox_id,
+            attempts=row.attempts,
+            first_flight_at=row.first_flight_at,
+            rendition_id=row.rendition_id,
+            grounds=(
+                GroundRow(row.account_id, row.contact_id, shape_of(row.body)),
+                *further.get(row.n, ()),
+            ),
+        )
+        for row in rows
+    ]
+    grounds = [ground for due in dues for ground in due.grounds]
+    accounts = {ground.account for ground in grounds}
+    people = People(
+        contacts=directory.contact_rows(connection, {ground.contact for ground in grounds}),
+        accounts=_accounts(connection, accounts),
+        members=directory.contacts_of(connection, accounts) if event.category == "approval_request" else {},
+    )
+    return dues, people
+
+
+def _accounts(connection: Connection, numbers: set[int]) -> dict[int, tuple[str, str, str]]:
+    table = accounts_table
+    rows = connection.execute(
+        select(table.c.id, table.c.ext, table.c.name, table.c.catalogue).where(table.c.id.in_(numbers))
+    )
+    return {row.id: (row.ext, row.name, row.catalogue) for row in rows}
+
+
+def may_opt_out(catalogue: Catalogue, category: str, roles: Sequence[str]) -> bool:
+    """Whether somebody who gets a category by these roles may switch it off: every one of them must allow it."""
+    allowed = [
+        found.opt_out
+        for role in roles
+        if (held := catalogue.roles.get(role)) and (found := held.receives.get(category))
+    ]
+    return bool(allowed) and all(allowed)
+
+
+def variant_of(shape: Shape) -> Variant:
+    """Which of a type's mails a verdict asks for."""
+    by_delivery = {"esign_request": "esign", "approval_request": "approval", "contact_list": "contact_list"}
+    if shape.delivery in by_delivery:
+        return cast("Variant", by_delivery[shape.delivery])
+    reasons = {reason for _, reason in shape.matched}
+    if "role_matched" in reasons:
+        return "direct"
+    return "fallback" if "fallback_used" in reasons else "copy"
+
+
+def message_id(event: EventRow, n: int) -> str:
+    """The Message-ID of a delivery, the same on every attempt."""
+    return f"<{event.ulid.lower()}.{n}@{event.sender_domain}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Composer:
+    """Makes mails for one installation. `links` is None where no link in a mail could work."""
+
+    settings: Settings
+    catalogues: Mapping[str, Catalogue]
+    links: Links | None
+
+    def can_opt_out(self, event: EventRow, due: Due, people: People) -> bool:
+        """Whether the mail must carry a way out (of its first ground)."""
+        first = due.grounds[0]
+        catalogue = self.catalogues[people.accounts[first.account][2]]
+        return may_opt_out(catalogue, event.category, [role for role, _ in first.shape.matched])
+
+    def mail_of(self, event: EventRow, due: Due, people: People, *, now: int) -> Mail:
+        """What a delivery says. `now` is the date of a mail that was never tried before, microseconds."""
+        first = due.grounds[0]
+        contact = people.contacts[first.contact]
+        category = next(iter(self.catalogues.values())).vocabulary.categories[event.category]
+        sender = self.settings.sender_of(event.class_) or ""
+        opt_out = self.links is not None and self.can_opt_out(event, due, people)
+        return Mail(
+            event=event.ulid,
+            type=event.type,
+            category=event.category,
+            category_title=category.title,
+            class_=event.class_,
+            data=self._data(event, {people.contacts[ground.contact].id for ground in due.grounds}),
+            variant=variant_of(first.shape),
+            to_name=contact.name,
+            to_address=contact.email,
+            locale=contact.locale,
+            timezone=contact.timezone,
+            grounds=tuple(self._ground(event, ground, people, category.title) for ground in due.grounds),
+            vendor_name=sender.partition("<")[0].strip().strip('"') or event.sender_domain,
+            sender=sender,
+            reply_to=self.settings.reply_to_of(event.class_),
+            message_id=message_id(event, due.n),
+            date=datetime.fromtimestamp((due.first_flight_at or now) // 1_000_000, UTC),
+            list_domain=event.sender_domain,
+            unsubscribe_url=self.links.unsubscribe(event.id, due.n) if opt_out and self.links else None,
+            status_page_url=self.settings.status_page_url,
+            extra=self._extra(event, first, people) if event.category == "approval_request" else {},
+        )
+
+    def _ground(self, event: EventRow, ground: GroundRow, people: People, category_title: str) -> Ground:
+        ext, name, key = people.accounts[ground.account]
+        catalogue = self.catalogues[key]
+        roles = tuple(role for role, _ in ground.shape.matched)
+        return Ground(
+            account=ext,
+            account_name=name or ext,
+            category=event.category,
+            roles=roles,
+            role_titles=tuple(catalogue.roles[role].title if role in catalogue.roles else role for role in roles),
+            reasons=tuple(reason for _, reason in ground.shape.matched),
+            preference_url=self.links.preferences(ground.contact) if self.links else None,
+            catalogue=key,
+            category_title=category_title,
+        )
+
+    def _data(self, event: EventRow, contacts: set[str]) -> Mapping[str, object]:
+        """The event's data as this recipient may see it: attachments for somebody else are taken out."""
+        data = dict(event.data)
+        if data.get("attachments"):
+            data["attachments"] = [
+                item for item in data["attachments"] if not item.get("contact") or item["contact"] in contacts
+            ]
+        if event.category == "approval_request" and not event.routing.get("attested"):
+            data["requested_by"] = "staff"
+        return data
+
+    def _extra(self, event: EventRow, ground: GroundRow, people: People) -> Mapping[str, object]:
+        """What a request mail says beyond the event: names, titles, and the list of contacts where that was asked."""
+        catalogue = self.catalogues[people.accounts[ground.account][2]]
+        titles = {key: role.title for key, role in catalogue.roles.items()}
+        members = people.members.get(ground.account, ())
+        names = {member.id: member.name or member.id for member in members}
+        action = str(event.data.get("action", ""))
+        known = catalogue.vocabulary.actions.get(action)
+        extra: dict[str, Any] = {
+            "action_title": known.title if known else action,
+            "role_titles": titles,
+            "contact_names": names,
+            "requester": names.get(str(event.data.get("requested_by")), ""),
+        }
+        if action == "contact_list":
+            extra["contacts"] = [
+                {
+                    "name": member.name,
+                    "email": member.email,
+                    "roles": [titles.get(role, role) for role in member.roles],
+                }
+                for member in members
+                if not member.removed
+            ]
+        return extra

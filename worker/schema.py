@@ -1,0 +1,237 @@
+"""The tables of the ledger: events, verdicts, deliveries, grounds, slices, flights, workers, tallies and pauses.
+
+What the states mean stands in `worker.ledger`. Times are microseconds UTC. Deliveries are written when they are
+planned and when they are settled, never in between: "sending" is read from open flights.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+
+from subscriptions.schema import Number, metadata
+
+__all__ = ["metadata"]
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", Number, primary_key=True),
+    Column("ulid", Text, nullable=False, unique=True),
+    Column("source", Text, nullable=False),
+    Column("ce_id", Text, nullable=False),
+    Column("content_mac", LargeBinary, nullable=False),  # keyed hash of what makes it the same fact (RFC 8785)
+    Column("type", Text, nullable=False),
+    Column("category", Text, nullable=False),
+    Column("class", Text, nullable=False),
+    Column("lane", SmallInteger, nullable=False),
+    Column("scope", Text, nullable=False),  # one | list | all
+    Column("routing", Text),  # JSON: account or accounts, products; emptied by purge
+    Column("payload", Text),  # JSON: data and time as published; emptied by purge
+    Column("accepted_at", BigInteger, nullable=False),
+    Column("key_id", Number),  # the API key it came with, NULL from the command line
+    Column("mode", Text, nullable=False),  # the key's: live | team | test
+    Column("not_before", BigInteger),
+    Column("expires_at", BigInteger),
+    Column("status", Text, nullable=False),  # accepted planning sending done held cancelled redirected
+    Column("outcome", Text),  # section 6's, for one account
+    Column("reason", Text),
+    Column("notes", Text),  # JSON list, told back to the publisher
+    Column("status_page", Text),  # JSON: url and incident
+    Column("sender_domain", Text, nullable=False),  # Message-ID stays the same on every attempt
+    Column("bounce_domain", Text, nullable=False),  # and so does the envelope sender
+    Column("plan_owner", Number),
+    Column("plan_epoch", Integer, nullable=False, server_default="0"),
+    Column("plan_after_account", Number, nullable=False, server_default="0"),
+    Column("next_n", Integer, nullable=False, server_default="1"),
+    Column("guard_at_plan", BigInteger, nullable=False, server_default="0"),  # moved since: check again before sending
+    Column("planned_at", BigInteger),
+    Column("cancelled_at", BigInteger),
+    Column("purged_at", BigInteger),
+    UniqueConstraint("source", "ce_id"),
+    Index("ix_events_status_not_before", "status", "not_before"),
+)
+
+event_accounts = Table(  # scope list only
+    "event_accounts",
+    metadata,
+    Column("event_id", Number, ForeignKey("events.id"), primary_key=True),
+    Column("account_id", Number, ForeignKey("accounts.id"), primary_key=True),
+    sqlite_with_rowid=False,
+)
+
+verdict_shapes = Table(
+    "verdict_shapes",
+    metadata,
+    Column("id", Number, primary_key=True),
+    Column("body", Text, nullable=False, unique=True),  # JSON: delivery, matched, dropped, deduplicated
+)
+
+verdicts = Table(
+    "verdicts",
+    metadata,
+    Column("event_id", Number, ForeignKey("events.id"), primary_key=True),
+    Column("account_id", Number, ForeignKey("accounts.id"), primary_key=True),
+    Column("catalogue_version", Number, nullable=False),
+    Column("outcome", Text, nullable=False),
+    Column("reason", Text),
+    Column("warnings", Text, nullable=False),  # between commas
+    Column("packed", LargeBinary, nullable=False),  # varints: distance to the contact before, shape
+    Index("ix_verdicts_account_id_event_id", "account_id", "event_id"),
+    sqlite_with_rowid=False,
+)
+
+renditions = Table(
+    "renditions",
+    metadata,
+    Column("id", Number, primary_key=True),
+    Column("event_id", Number, ForeignKey("events.id"), nullable=False),
+    Column("variant", Text, nullable=False),
+    Column("locale", Text, nullable=False),
+    Column("template_hash", Text, nullable=False),
+    UniqueConstraint("event_id", "variant", "locale"),
+)
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("event_id", Number, ForeignKey("events.id"), primary_key=True),
+    Column("n", Integer, primary_key=True),
+    Column("mailbox_id", Number, nullable=False),
+    Column("account_id", Number, nullable=False),  # the first ground; more in more_grounds
+    Column("contact_id", Number, nullable=False),
+    Column("shape_id", Number, nullable=False),
+    Column("rendition_id", Number),
+    Column("facts", Text),  # JSON: what was filled in for this recipient
+    Column("status", SmallInteger, nullable=False),
+    Column("reason", Text),
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    Column("due_at", BigInteger),  # set where a planned one waits: deferred
+    Column("retry_slice", Number),  # the slice that carries it again
+    Column("first_flight_at", BigInteger),  # its Date header, on every attempt
+    Column("settled_at", BigInteger),
+    Column("relay", Text),
+    Column("reply", Text),  # the relay's last words, escaped
+    UniqueConstraint("event_id", "mailbox_id"),
+    Index(
+        "ix_deliveries_due_at",
+        "due_at",
+        sqlite_where=text("due_at IS NOT NULL"),
+        postgresql_where=text("due_at IS NOT NULL"),
+    ),
+    sqlite_with_rowid=False,
+)
+
+more_grounds = Table(
+    "more_grounds",
+    metadata,
+    Column("event_id", Number, primary_key=True),
+    Column("n", Integer, primary_key=True),
+    Column("account_id", Number, primary_key=True),
+    Column("contact_id", Number, primary_key=True),
+    Column("shape_id", Number, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+slices = Table(
+    "slices",
+    metadata,
+    Column("id", Number, primary_key=True),
+    Column("event_id", Number, ForeignKey("events.id"), nullable=False),
+    Column("lane", SmallInteger, nullable=False),
+    Column("first_n", Integer, nullable=False),
+    Column("last_n", Integer, nullable=False),
+    Column("members", Text),  # JSON list of n: a slice of retries
+    Column("due_at", BigInteger),  # NULL until its event is wholly planned
+    Column("queued_at", BigInteger),
+    Column("owner", Number),
+    Column("epoch", Integer, nullable=False, server_default="0"),
+    Column("done_at", BigInteger),
+    Index(
+        "ix_slices_lane_due_at",
+        "lane",
+        "due_at",
+        sqlite_where=text("done_at IS NULL"),
+        postgresql_where=text("done_at IS NULL"),
+    ),
+    Index(
+        "ix_slices_owner", "owner", sqlite_where=text("owner IS NOT NULL"), postgresql_where=text("owner IS NOT NULL")
+    ),
+    Index(
+        "ix_slices_event_id", "event_id", sqlite_where=text("done_at IS NULL"), postgresql_where=text("done_at IS NULL")
+    ),
+)
+
+flights = Table(
+    "flights",
+    metadata,
+    Column("id", Number, primary_key=True),
+    Column("slice_id", Number, nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("owner", Number, nullable=False),
+    Column("members", Text, nullable=False),  # JSON list of n
+    Column("begun_at", BigInteger, nullable=False),
+    Index("ix_flights_slice_id", "slice_id"),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", Number, primary_key=True),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("lanes", Text, nullable=False),
+    Column("started_at", BigInteger, nullable=False),
+    Column("beat_at", BigInteger, nullable=False),
+)
+
+tallies = Table(
+    "tallies",
+    metadata,
+    Column("event_id", Number, primary_key=True),
+    Column("owner", Number, primary_key=True),
+    Column("status", SmallInteger, primary_key=True),
+    Column("n", BigInteger, nullable=False),  # a change, not a count: sums over owners are the counts
+    sqlite_with_rowid=False,
+)
+
+pauses = Table(
+    "pauses",
+    metadata,
+    Column("scope", Text, primary_key=True),  # all | class | account | event | relay
+    Column("value", Text, primary_key=True),
+    Column("by", Text, nullable=False),
+    Column("at", BigInteger, nullable=False),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Number, primary_key=True),
+    Column("public_id", Text, nullable=False, unique=True),
+    Column("secret_hash", LargeBinary, nullable=False),
+    Column("name", Text, nullable=False, unique=True),
+    Column("mode", Text, nullable=False),
+    Column("scopes", Text, nullable=False),  # between spaces
+    Column("created_at", BigInteger, nullable=False),
+    Column("used_at", BigInteger),
+    Column("revoked_at", BigInteger),
+)
+
+feed_state = Table(
+    "feed_state",
+    metadata,
+    Column("one", Integer, primary_key=True),
+    Column("body", Text, nullable=False),  # JSON of statuspage.FeedState: what the feed said last, and when
+)
