@@ -1,0 +1,151 @@
+"""dramatiq's brokers as Rolecast uses them: hints that may be lost, never the truth.
+
+`memory://` is dramatiq's in-process broker, `redis://` its RedisBroker with a consumer that survives what Redis does
+when it fails over or stalls. There are no delays, no retries with back-off, no results: these live in the ledger.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import dramatiq
+import redis
+from dramatiq.asyncio import EventLoopThread, get_event_loop_thread, set_event_loop_thread
+from dramatiq.broker import Broker
+from dramatiq.brokers.redis import RedisBroker, _RedisConsumer
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.errors import ConnectionClosed
+from dramatiq.middleware import AsyncIO, Middleware, Retries
+from dramatiq.middleware.middleware import MiddlewareError
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from worker.ledger import Lane
+
+QUEUES = {Lane.URGENT: "urgent", Lane.NORMAL: "normal", Lane.BULK: "bulk"}
+MAINTENANCE_CHANCE = 50_000
+#: Per million commands: dramatiq looks after dead workers' messages that often (its default is far too seldom).
+DEAD_MESSAGE_MILLISECONDS = 3_600_000
+#: Dead letters are worthless where the ledger is the truth.
+
+
+class Loop(AsyncIO):
+    """The event loop of a worker process: relays, flights and settling live on it.
+
+    `opened` and `closing` are awaited on the loop, before the first message and after the last.
+    """
+
+    def __init__(self, opened: Callable[[], Awaitable[None]], closing: Callable[[], Awaitable[None]]) -> None:
+        super().__init__()
+        self._opened = opened
+        self._closing = closing
+
+    def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        """Start the loop, then what lives on it; a failure ends the process instead of being swallowed."""
+        thread = EventLoopThread(self.logger)
+        thread.daemon = True  # a second SIGTERM must not hang on it
+        try:
+            thread.start(timeout=10)
+            set_event_loop_thread(thread)
+            thread.run_coroutine(self._opened())
+        except Exception as error:
+            raise MiddlewareError(str(error)) from error
+
+    def after_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        """End what lives on the loop, then the loop."""
+        thread = get_event_loop_thread()
+        if thread is not None:
+            thread.run_coroutine(self._closing())
+        super().after_worker_shutdown(broker, worker)  # type: ignore[no-untyped-call]  # dramatiq has no types here
+
+
+class _Consumer(_RedisConsumer):
+    """Every error of Redis becomes a closed connection, which dramatiq's worker threads survive (queue.md, 9)."""
+
+    def __next__(self) -> Any:
+        return self._safely(super().__next__)
+
+    def ack(self, message: Any) -> None:
+        """Take a message off the queue for good."""
+        self._safely(super().ack, message)
+
+    def nack(self, message: Any) -> None:
+        """Send a message to the dead letters."""
+        self._safely(super().nack, message)
+
+    def requeue(self, messages: Any) -> None:
+        """Put prefetched messages back."""
+        self._safely(super().requeue, messages)
+
+    @staticmethod
+    def _safely(do: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return do(*args)
+        except redis.RedisError as error:
+            raise ConnectionClosed(error) from error  # type: ignore[no-untyped-call]  # dramatiq has no types here
+
+
+class HardenedRedisBroker(RedisBroker):
+    """RedisBroker with the hardened consumer."""
+
+    @property
+    def consumer_class(self) -> type[_Consumer]:
+        """The consumer that dramatiq's worker threads use."""
+        return _Consumer
+
+
+def make_broker(url: str, middleware: Sequence[Middleware], *, client: Any = None) -> Broker:
+    """A broker for `memory://` or `redis://...`; `client` stands in for the connection in tests."""
+    parts = [Retries(max_retries=0), *middleware]
+    if url == "memory://":
+        broker: Broker = StubBroker(middleware=parts)
+    else:
+        broker = HardenedRedisBroker(  # type: ignore[no-untyped-call]  # dramatiq has no types here
+            client=client or redis_client(url),
+            middleware=parts,
+            maintenance_chance=MAINTENANCE_CHANCE,
+            dead_message_ttl=DEAD_MESSAGE_MILLISECONDS,
+            namespace="rolecast",
+        )
+    for name in QUEUES.values():
+        broker.declare_queue(name)
+    return broker
+
+
+def redis_client(url: str) -> Any:
+    """A client that never retries by itself (a lost reply would be executed twice) and never waits for long."""
+    return redis.Redis.from_url(
+        url,
+        socket_timeout=5,
+        socket_connect_timeout=1,
+        retry=Retry(NoBackoff(), 0),
+        health_check_interval=30,
+    )
+
+
+def enqueue(broker: Broker, lane: Lane, slice_ids: Sequence[int]) -> None:
+    """Put slices into the queue of a lane, on Redis all in one round trip. Raises `redis.RedisError`."""
+    messages: list[dramatiq.Message[None]] = [
+        dramatiq.Message(queue_name=QUEUES[lane], actor_name="deliver", args=(slice_id,), kwargs={}, options={})
+        for slice_id in slice_ids
+    ]
+    if not isinstance(broker, RedisBroker):
+        for message in messages:
+            broker.enqueue(message)
+        return
+    queue = f"{broker.namespace}:{QUEUES[lane]}"
+    payloads: dict[
+        bytes | bytearray | memoryview[int] | str | int | float, bytes | bytearray | memoryview[int] | str | int | float
+    ] = {}
+    for message in messages:
+        redis_id = str(uuid.uuid4())
+        copy = message.copy(options={"redis_message_id": redis_id})
+        broker.emit_before("enqueue", copy, None)
+        payloads[redis_id] = copy.encode()
+    if payloads:
+        with broker.client.pipeline(transaction=True) as pipeline:
+            pipeline.hset(f"{queue}.msgs", mapping=payloads)
+            pipeline.rpush(queue, *payloads)
+            pipeline.execute()

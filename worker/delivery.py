@@ -1,0 +1,530 @@
+"""One slice: claim, render, hand over, settle.
+
+The path of a slice, in order:
+
+1. claim it, and begin its first flight, in one transaction; nobody else has it from then on
+2. per flight: look at the guard; where it moved, check again who still may get it
+3. render each mail as its turn comes, and hand it over on one connection
+4. settle what became of each mail within 10 milliseconds or 32 outcomes
+5. give the slice back
+
+No transaction is open while a relay is talked to. What a crash leaves behind is named by open flights (`rescue`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from sqlalchemy import Connection, insert, select, update
+
+from subscriptions import directory
+from subscriptions.audience import resolve
+from subscriptions.database import Clock, DatabaseUnusable
+from subscriptions.schema import accounts as accounts_table
+from worker import ledger, logs, mime
+from worker.fanout import EventRow, Planner, event_facts, event_row
+from worker.ledger import HOLD_CLASS, NEVER, Claim, Settlement, Status
+from worker.links import bounce_sender
+from worker.mails import Composer, Due, People, load, variant_of
+from worker.relay import About, Envelope, Kind, Outcome, Relay, RelayError, Relays
+from worker.rendering import Renderer, RenderError
+from worker.schema import events, pauses, renditions
+from worker.settings import Settings, domain_of
+from worker.writer import Writer
+
+logger = logs.get(__name__)
+
+FLIGHT = 32
+#: Mails written to one connection together; before each flight everything that may have changed is looked at.
+SETTLE_SECONDS = 0.01
+SETTLE_OUTCOMES = 32
+#: Outcomes wait no longer, and no more of them, before they are committed (design, principle 6).
+UNSETTLED = 48
+#: No further mail is begun while so many outcomes of this process are not committed.
+NO_RELAY_SECONDS = 5
+#: How long a slice rests when no relay could be reached.
+FAULT_SECONDS = 60
+#: How long a slice rests after a fault of ours: it is seen in the log, and it does not spin.
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A claimed slice with everything its flights need."""
+
+    claim: Claim
+    event: EventRow
+    numbers: tuple[int, ...]
+    flight_id: int  # the first flight, begun with the claim; 0 in the hold class
+    begun: int  # when: the Date of mails that were never tried before
+    guard: int
+    guard_at_plan: int
+    address_key: bytes
+
+
+@dataclass(slots=True)
+class Settler:
+    """Outcomes of a worker process on their way into the ledger, committed together."""
+
+    writer: Writer
+    worker: int
+    _pending: list[Settlement] = field(default_factory=list)
+    _open: dict[int, int] = field(default_factory=dict)  # flight -> mails not yet settled
+    _timer: asyncio.TimerHandle | None = None
+    _unsettled: int = 0
+    _room: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._room.set()
+
+    def expect(self, flight_id: int, mails: int) -> None:
+        """A flight of so many mails began."""
+        if flight_id:
+            self._open[flight_id] = mails
+
+    def forget(self, flight_id: int) -> None:
+        """A flight ended before all its mails began: what did become of some is committed first."""
+        self.flush()
+        self._open.pop(flight_id, None)
+
+    def add(self, settlement: Settlement) -> None:
+        """What became of one mail; it is committed soon."""
+        self._pending.append(settlement)
+        self._unsettled += 1
+        if self._unsettled >= UNSETTLED:
+            self._room.clear()
+        if len(self._pending) >= SETTLE_OUTCOMES:
+            self.flush()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self.flush)
+
+    async def room(self) -> None:
+        """Wait until few enough outcomes are uncommitted."""
+        await self._room.wait()
+
+    def flush(self) -> None:
+        """Commit what waits, now; what is submitted to the writer afterwards finds it committed."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        batch, self._pending = self._pending, []
+        if batch:
+            self._submit(batch)
+
+    def _submit(self, batch: list[Settlement]) -> None:
+        landed = []
+        for one in batch:
+            if one.flight_id in self._open:
+                self._open[one.flight_id] -= 1
+                if self._open[one.flight_id] == 0:
+                    del self._open[one.flight_id]
+                    landed.append(one.flight_id)
+
+        def record(connection: Connection) -> None:
+            ledger.settle(connection, self.worker, batch)
+            ledger.land(connection, landed)
+
+        loop = asyncio.get_running_loop()
+
+        def done(future: Future[None]) -> None:
+            loop.call_soon_threadsafe(self._committed, batch, landed, future)
+
+        self.writer.submit(record).add_done_callback(done)
+
+    def _committed(self, batch: list[Settlement], landed: list[int], future: Future[None]) -> None:
+        error = future.exception()
+        if error is not None:
+            # The mails have left: the result is kept and tried again, for as long as this process lives.
+            logger.error("database.unusable", why=str(error), outcomes=len(batch), tried_again_in_seconds=1)
+            self._open.update(dict.fromkeys(landed, 0))
+            asyncio.get_running_loop().call_later(1.0, self._again, batch, landed)
+            return
+        self._unsettled -= len(batch)
+        if self._unsettled < UNSETTLED:
+            self._room.set()
+
+    def _again(self, batch: list[Settlement], landed: list[int]) -> None:
+        for flight_id in landed:
+            self._open[flight_id] = sum(one.flight_id == flight_id for one in batch)
+        self._submit(batch)
+
+
+@dataclass(slots=True)
+class Sender:
+    """Delivers slices. Lives on the event loop of a worker process."""
+
+    settings: Settings
+    planner: Planner
+    composer: Composer
+    renderer: Renderer
+    relays: Relays
+    writer: Writer
+    settler: Settler
+    worker: int
+    clock: Clock
+    may_send: Callable[[], bool]  # the lease is ours and nobody asked us to stop
+    _proven: set[tuple[int, str, str]] = field(default_factory=set)
+
+    async def deliver(self, slice_id: int) -> None:
+        """Deliver what a slice owes; a slice that somebody else has, or that is done, is no fault."""
+        if not self.may_send():
+            return
+        work = await self.writer.run(lambda connection: self._take(connection, slice_id))
+        if work is None:
+            return
+        try:
+            await self._flights(work)
+        except RelayError:
+            await self._postpone(work, NO_RELAY_SECONDS)
+            return
+        except Exception as error:
+            logger.exception("slice.failed", slice=slice_id, why=str(error), tried_again_in_seconds=FAULT_SECONDS)
+            await self._postpone(work, FAULT_SECONDS)
+            return
+        self.settler.flush()
+        now = self.clock()
+        await self._surely(lambda connection: ledger.finish(connection, work.claim, self.worker, now=now))
+
+    async def _postpone(self, work: Work, seconds: int) -> None:
+        self.settler.flush()
+        until = self.clock() + seconds * 1_000_000
+        await self._surely(lambda connection: ledger.postpone(connection, work.claim, self.worker, until=until))
+
+    async def _surely(self, work: Callable[[Connection], None]) -> None:
+        """Give a slice back even where the database can't be reached at once: it is tried until it can."""
+        while True:
+            try:
+                await self.writer.run(work)
+            except DatabaseUnusable as error:
+                logger.warning("database.unusable", why=str(error), tried_again_in_seconds=1)
+                await asyncio.sleep(1.0)
+            else:
+                return
+
+    # ------------------------------------------------------------ claim
+
+    def _take(self, connection: Connection, slice_id: int) -> Work | None:
+        now = self.clock()
+        taken = ledger.claim(connection, slice_id, self.worker, now=now)
+        if taken is None:
+            return None
+        row = connection.execute(select(events).where(events.c.id == taken.event_id)).one()
+        event = self._addressed(connection, event_row(row))
+        numbers = ledger.owed(connection, taken)
+        flight_id, guard = 0, ledger.guard(connection)
+        if event.class_ != HOLD_CLASS and numbers:
+            flight_id, guard = ledger.begin(connection, taken, self.worker, numbers[:FLIGHT], now=now)
+        key = directory.address_key(connection)
+        return Work(taken, event, tuple(numbers), flight_id, now, guard, row.guard_at_plan, key)
+
+    def _addressed(self, connection: Connection, event: EventRow) -> EventRow:
+        """An event that was accepted before a sender was configured gets its domains once, for all attempts."""
+        sender = self.settings.sender_of(event.class_)
+        if event.sender_domain or not sender:
+            return event
+        bounce = self.settings.bounce_domain_of(event.class_) or domain_of(sender)
+        connection.execute(
+            update(events)
+            .where(events.c.id == event.id, events.c.sender_domain == "")
+            .values(sender_domain=domain_of(sender), bounce_domain=bounce)
+        )
+        return event_row(connection.execute(select(events).where(events.c.id == event.id)).one())
+
+    # ------------------------------------------------------------ flights
+
+    async def _flights(self, work: Work) -> None:
+        """Flight after flight; raises `RelayError` where no relay is left to try."""
+        hold = work.event.class_ == HOLD_CLASS
+        flight_id, guard, begun = work.flight_id, work.guard, work.begun
+        numbers = list(work.numbers)
+        while numbers and self.may_send():
+            relay = self.relays.choose()
+            if hold:
+                count = 1
+            elif flight_id:
+                count = FLIGHT  # the one that was begun with the claim
+            else:
+                count = relay.rate.flight_size(FLIGHT)
+            members, numbers = numbers[:count], numbers[count:]
+            if not flight_id and not hold:
+                begun = self.clock()
+                flight_id, guard = await self._begin(work, members, now=begun)
+                if not flight_id:
+                    return  # the claim was lost: whoever has it now sends the rest
+            left = await self._flight(work, relay, members, flight_id=flight_id, guard=guard, begun=begun)
+            flight_id, numbers = 0, left + numbers
+
+    async def _begin(self, work: Work, members: Sequence[int], *, now: int) -> tuple[int, int]:
+        return await self.writer.run(
+            lambda connection: ledger.begin(connection, work.claim, self.worker, members, now=now)
+        )
+
+    async def _flight(
+        self, work: Work, relay: Relay, members: Sequence[int], *, flight_id: int, guard: int, begun: int
+    ) -> list[int]:
+        """Send these mails; returns those that were not begun because the relay failed: another may take them."""
+        checked = guard != work.guard_at_plan or work.event.class_ == HOLD_CLASS
+        dues, people, withdrawn = await self.writer.run(
+            lambda connection: self._ready(connection, work.event, members, check=checked)
+        )
+        self.settler.expect(flight_id, len(dues))
+        mails = _Mails(self, work, flight_id, begun, relay.name)
+        try:
+            await relay.send(
+                mails.envelopes(dues, people, withdrawn),
+                lane=int(work.claim.lane),
+                done=mails.done,
+                gate=self.settler.room,
+            )
+        except RelayError:
+            self.settler.forget(flight_id)
+            await self.writer.run(lambda connection: ledger.land(connection, [flight_id]))
+            return [due.n for due in dues if due.n not in mails.settled]
+        return []
+
+    def _ready(
+        self, connection: Connection, event: EventRow, members: Sequence[int], *, check: bool
+    ) -> tuple[list[Due], People, dict[int, str]]:
+        """The deliveries of a flight, whom they speak of, and why some of them are not to be sent after all."""
+        dues, people = load(connection, event, members)
+        gone = {due.n: "contact_removed" for due in dues if not _standing(due, people)}
+        if not check:
+            return dues, people, gone
+        state = connection.execute(select(events.c.status, events.c.ulid).where(events.c.id == event.id)).one()
+        if state.status == "cancelled":
+            return dues, people, {due.n: "event_cancelled" for due in dues}
+        paused = self._paused(connection, event)
+        if paused is not None and not isinstance(paused, set):
+            return dues, people, {due.n: "paused" for due in dues}
+        still = self._still_wanted(connection, event, dues, people)
+        for due in dues:
+            if due.n not in gone and due.n in still:
+                gone[due.n] = still[due.n]
+            if paused and all(ground.account in paused for ground in due.grounds):
+                gone[due.n] = "paused"
+        return dues, people, gone
+
+    def _paused(self, connection: Connection, event: EventRow) -> set[int] | str | None:
+        """The accounts that are paused, or a word where the whole event is."""
+        standing = connection.execute(select(pauses.c.scope, pauses.c.value)).all()
+        whole = {("all", ""), ("class", event.class_), ("event", event.ulid)}
+        if any((row.scope, row.value) in whole for row in standing):
+            return "all"
+        names = [row.value for row in standing if row.scope == "account"]
+        if not names:
+            return None
+        return set(connection.execute(select(accounts_table.c.id).where(accounts_table.c.ext.in_(names))).scalars())
+
+    def _still_wanted(
+        self, connection: Connection, event: EventRow, dues: Sequence[Due], people: People
+    ) -> dict[int, str]:
+        """Who opted out or was suppressed since the planning: (n, reason) where no ground stands any more.
+
+        The accounts are resolved again, but only these two reasons count: a fallback that was planned stays, for its
+        event has been told to nobody else.
+        """
+        names = sorted({people.accounts[ground.account][0] for due in dues for ground in due.grounds})
+        facts = event_facts(
+            event.category,
+            event.data,
+            event.routing.get("products", ()),
+            attested=event.routing.get("attested", False),
+        )
+        dropped: dict[int, str] = {}
+        for start in range(0, len(names), 500):
+            for account in directory.facts(
+                connection, self.planner.catalogues, limit=500, only=names[start : start + 500]
+            ):
+                verdict = resolve(self.planner.catalogues[account.catalogue], account, facts)
+                for one in verdict.excluded:
+                    reasons = {reason for _, reason in one.dropped}
+                    for reason in ("address_suppressed", "opted_out"):
+                        if reason in reasons:
+                            dropped[one.contact.number] = reason
+        return {
+            due.n: dropped[due.grounds[0].contact]
+            for due in dues
+            if all(ground.contact in dropped for ground in due.grounds)
+        }
+
+    def keep_rendition(self, connection: Connection, event_id: int, variant: str, locale: str, hash_: str) -> None:
+        """Remember which templates an event's variant was rendered with."""
+        found = connection.execute(
+            select(renditions.c.id).where(
+                renditions.c.event_id == event_id, renditions.c.variant == variant, renditions.c.locale == locale
+            )
+        ).first()
+        if found is None:
+            connection.execute(
+                insert(renditions).values(event_id=event_id, variant=variant, locale=locale, template_hash=hash_)
+            )
+
+
+def _standing(due: Due, people: People) -> bool:
+    """Whether a ground is left whose contact is still there, at the mailbox that the delivery is for."""
+    return any(
+        (contact := people.contacts.get(ground.contact)) is not None
+        and not contact.removed
+        and contact.mailbox == due.mailbox
+        for ground in due.grounds
+    )
+
+
+@dataclass(slots=True)
+class _Mails:
+    """The mails of one flight: made one by one as their turn comes, and settled as they are answered."""
+
+    sender: Sender
+    work: Work
+    flight_id: int
+    begun: int
+    relay: str
+    _flown: list[Due] = field(default_factory=list)
+    _holds: dict[int, int] = field(default_factory=dict)  # n -> flight, in the hold class
+    settled: set[int] = field(default_factory=set)  # the numbers of which it is known what became of them
+
+    def envelopes(self, dues: Sequence[Due], people: People, withdrawn: dict[int, str]) -> Iterator[Envelope]:
+        """Each mail that is to go; the others are settled on the way."""
+        for due in dues:
+            reason = withdrawn.get(due.n) or self._waits(due, people)
+            if reason is not None:
+                self._not_now(due, reason)
+                continue
+            expires = self.work.event.expires_at
+            if expires is not None and self.sender.clock() >= expires:
+                self._settle(due, Status.EXPIRED, "expired")
+                continue
+            try:
+                envelope = self._envelope(due, people)
+            except (RenderError, mime.MimeError) as error:
+                logger.error(
+                    "delivery.failed", event_id=self.work.event.ulid, n=due.n, why=str(error), what_next="nothing"
+                )
+                self._settle(due, Status.FAILED, "cannot_be_rendered", reply=str(error))
+                continue
+            self._flown.append(due)
+            yield envelope
+
+    def done(self, number: int, outcome: Outcome) -> None:
+        """A mail was answered: one place turns what happened into a state."""
+        due = self._flown[number]
+        hold = self.work.event.class_ == HOLD_CLASS
+        match outcome:
+            case Outcome(kind=Kind.ACCEPTED):
+                self._settle(due, Status.ACCEPTED, None, outcome=outcome)
+            case Outcome(kind=Kind.UNKNOWN) if hold:
+                self._settle(due, Status.HELD, "unknown", outcome=outcome)
+            case Outcome(kind=Kind.PERMANENT, about=About.SENDER):
+                self._settle(due, Status.HELD, "sender_refused", outcome=outcome)
+            case Outcome(kind=Kind.PERMANENT, about=About.RECIPIENT):
+                self._settle(due, Status.FAILED, "recipient_refused", outcome=outcome)
+            case Outcome(kind=Kind.PERMANENT):
+                self._settle(due, Status.FAILED, "content_refused", outcome=outcome)
+            case Outcome(kind=Kind.UNKNOWN):
+                self._again(due, "sent_again", outcome)
+            case Outcome(kind=Kind.NOT_SENT):
+                self._again(due, "connection_lost", outcome)
+            case _:
+                self._again(due, "refused_for_now", outcome)
+
+    def _again(self, due: Due, reason: str, outcome: Outcome) -> None:
+        at = ledger.retry_at(
+            due.attempts + 1,
+            now=self.sender.clock(),
+            accepted_at=self.work.event.accepted_at,
+            spread=random.random(),  # noqa: S311 - spreads retries, protects nothing
+        )
+        if at is None:
+            self._settle(due, Status.FAILED, "given_up", outcome=outcome)
+        else:
+            self._settle(due, Status.PLANNED, reason, outcome=outcome, due_at=at)
+
+    def _not_now(self, due: Due, reason: str) -> None:
+        if reason in {"paused", "no_https", "no_sender"}:
+            self._settle(due, Status.PLANNED, reason, due_at=NEVER)
+        elif reason in {"test", "team"}:
+            self._settle(due, Status.HELD, reason)
+        else:
+            self._settle(due, Status.CANCELLED, reason)
+
+    def _waits(self, due: Due, people: People) -> str | None:
+        """Why a mail may not leave now, though it is owed: a setting of this installation."""
+        sender, event = self.sender, self.work.event
+        mode = sender.planner.mode_of(event.mode)
+        address = people.contacts[due.grounds[0].contact].address
+        if mode == "test" or (mode == "team" and address not in sender.settings.team):
+            return mode
+        if not sender.settings.sender_of(event.class_):
+            return "no_sender"
+        if sender.composer.links is None and sender.composer.can_opt_out(event, due, people):
+            return "no_https"
+        return None
+
+    def _envelope(self, due: Due, people: People) -> Envelope:
+        sender, event = self.sender, self.work.event
+        mail = sender.composer.mail_of(event, due, people, now=self.begun)
+        email = sender.renderer.render(mail)
+        body = mime.assemble(email)
+        variant = (event.id, variant_of(due.grounds[0].shape), mail.locale)
+        if variant not in sender._proven:  # noqa: SLF001 - one object in two halves
+            mime.prove(email, body)
+            if len(sender._proven) > 10_000:  # noqa: SLF001
+                sender._proven.clear()  # noqa: SLF001
+            sender._proven.add(variant)  # noqa: SLF001
+            hash_ = sender.renderer.version(event.type)
+            sender.writer.submit(lambda c: sender.keep_rendition(c, *variant, hash_))
+        return Envelope(
+            sender=bounce_sender(self.work.address_key, event.id, due.n, event.bounce_domain),
+            recipient=mime.wire_address(mail.to_address),
+            body=body,
+            smtputf8=mime.needs_smtputf8(mail.to_address),
+            before_dot=(lambda: self._mark(due)) if event.class_ == HOLD_CLASS else None,
+        )
+
+    async def _mark(self, due: Due) -> bool:
+        """The hold class: commit that this mail may leave, before its last bytes; False where the claim was lost."""
+        if not self.sender.may_send():
+            return False
+        flight_id, _ = await self.sender._begin(self.work, [due.n], now=self.begun)  # noqa: SLF001
+        self.sender.settler.expect(flight_id, 1)
+        self._holds[due.n] = flight_id
+        return bool(flight_id)
+
+    def _settle(
+        self,
+        due: Due,
+        status: Status,
+        reason: str | None,
+        *,
+        outcome: Outcome | None = None,
+        due_at: int | None = None,
+        reply: str | None = None,
+    ) -> None:
+        event = self.work.event
+        self.settled.add(due.n)
+        if status is Status.HELD:
+            logger.warning("delivery.held", event_id=event.ulid, n=due.n, reason=reason, what_next="a person decides")
+        elif status is Status.PLANNED and outcome is not None:
+            logger.info("delivery.deferred", event_id=event.ulid, n=due.n, reason=reason, reply=outcome.reply)
+        elif status is Status.FAILED and outcome is not None:
+            logger.warning("delivery.failed", event_id=event.ulid, n=due.n, reason=reason, reply=outcome.reply)
+        self.sender.settler.add(
+            Settlement(
+                event_id=event.id,
+                n=due.n,
+                slice_id=self.work.claim.slice_id,
+                epoch=self.work.claim.epoch,
+                flight_id=self._holds.get(due.n, self.flight_id),
+                status=status,
+                reason=reason,
+                attempted=outcome is not None,
+                due_at=due_at,
+                relay=self.relay if outcome is not None else None,
+                reply=outcome.reply if outcome is not None else reply,
+                flown_at=self.begun,
+                at=self.sender.clock(),
+            )
+        )
