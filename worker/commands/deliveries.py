@@ -1,0 +1,117 @@
+"""`rolecast deliveries list|retry|release`: one event's mails, and what a person decides about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from worker.commands.console import (
+    EventWords,
+    Exit,
+    Json,
+    Stop,
+    counted,
+    event_of,
+    opened,
+    print_json,
+    print_line,
+    print_table,
+    say,
+)
+
+app = typer.Typer(help="The mails of an event.", no_args_is_help=True)
+
+Numbers = Annotated[
+    list[int] | None, typer.Option("--number", "-n", metavar="N", min=1, help="Only this delivery; may be repeated.")
+]
+
+
+@app.command("list")
+def list_(
+    ctx: typer.Context,
+    *,
+    words: EventWords,
+    status: Annotated[str | None, typer.Option("--status", metavar="STATUS", help="Only those that stand so.")] = None,
+    after: Annotated[int, typer.Option("--after", metavar="N", min=0, help="Behind this number.")] = 0,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, max=100_000, help="How many.")] = 100,
+    json: Json = False,
+) -> None:
+    """Show the deliveries of an event."""
+    from worker import history
+
+    if status is not None and status not in history.STATUSES:
+        raise Stop(Exit.USAGE, f"{status!r} is no status of a delivery: there are {', '.join(history.STATUSES)}")
+    with opened(ctx) as installation, installation.database.read() as connection:
+        event = event_of(connection, words)
+        found = history.list_deliveries(connection, event, after=after, limit=limit, status=status)
+    following = found[-1]["n"] if len(found) == limit else None
+    if json:
+        print_json({"event": event.ulid, "deliveries": found, "next": following})
+        return
+    heads = ("N", "CONTACT", "EMAIL", "STATUS", "REASON", "ATTEMPTS", "DUE", "RELAY", "REPLY")
+    print_table(
+        heads,
+        [
+            (one["n"], f"{one['account']}/{one['contact']}", one["email"], one["status"], one["reason"],
+             one["attempts"], one["due_at"], one["relay"], one["reply"])
+            for one in found
+        ],
+    )  # fmt: skip
+    if following:
+        say(f"there may be more: add --after {following}")
+
+
+@app.command("retry")
+def retry(ctx: typer.Context, words: EventWords, number: Numbers = None, json: Json = False) -> None:
+    """Try failed and deferred mails of an event again, now."""
+    from worker import ledger
+
+    _decide(
+        ctx,
+        words,
+        number,
+        ledger.retry,
+        done="to be tried again",
+        nothing="no mail of it failed or is deferred",
+        json=json,
+    )
+
+
+@app.command("release")
+def release(ctx: typer.Context, words: EventWords, number: Numbers = None, json: Json = False) -> None:
+    """Send held mails of an event; only under ROLECAST_DELIVERY=live."""
+    from worker import ledger
+
+    _decide(ctx, words, number, ledger.release, done="released", nothing="no mail of it is held", json=json, sends=True)
+
+
+def _decide(
+    ctx: typer.Context,
+    words: list[str],
+    numbers: list[int] | None,
+    decide: Callable[..., int],
+    *,
+    done: str,
+    nothing: str,
+    json: bool,
+    sends: bool = False,
+) -> None:
+    with opened(ctx) as installation, installation.database.write() as connection:
+        event = event_of(connection, words)
+        mode = installation.planner.mode_of(event.mode)
+        if sends and mode != "live":
+            setting = "ROLECAST_DELIVERY" if installation.settings.delivery == mode else "the mode of its API key"
+            raise Stop(Exit.CONFLICT, f"{setting} is {mode!r}, so released mail would be held again: only live sends")
+        if event.status == "cancelled":
+            raise Stop(Exit.CONFLICT, f"event {event.ulid} is cancelled: publish it again under a new id")
+        changed = decide(connection, event.id, numbers=numbers, now=installation.clock())
+    if not changed:
+        chosen = f" among {', '.join(map(str, numbers))}" if numbers else ""
+        raise Stop(Exit.NOT_FOUND, f"event {event.ulid}: {nothing}{chosen}")
+    answer: dict[str, Any] = {"event": event.ulid, "deliveries": changed}
+    if json:
+        print_json(answer)
+    else:
+        print_line(f"{event.ulid}: {counted(changed, 'mail')} {done}")

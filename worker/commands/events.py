@@ -1,0 +1,149 @@
+"""`rolecast events show|list|cancel`, and `rolecast why`: what became of an event, and of one contact in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from worker.commands.console import (
+    EventWords,
+    Exit,
+    Json,
+    Stop,
+    counted,
+    event_of,
+    opened,
+    print_json,
+    print_line,
+    print_table,
+    shown,
+)
+from worker.commands.explain import reasons
+
+app = typer.Typer(help="What was published, and what became of it.", no_args_is_help=True)
+
+
+def add_to(root: typer.Typer) -> None:
+    """Add the command that stands in no group."""
+    root.command("why")(why)
+
+
+@app.command("list")
+def list_(
+    ctx: typer.Context,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, max=10_000, help="How many.")] = 50,
+    before: Annotated[str | None, typer.Option("--before", metavar="EVENT", help="Older than this one.")] = None,
+    json: Json = False,
+) -> None:
+    """Show the latest events, the newest first."""
+    from worker import history
+
+    with opened(ctx) as installation, installation.database.read() as connection:
+        found = history.list_events(connection, limit=limit, before=before)
+    if json:
+        print_json({"events": found})
+        return
+    heads = ("EVENT", "ACCEPTED", "SOURCE", "ID", "TYPE", "STATUS", "OUTCOME", "DELIVERIES")
+    print_table(
+        heads,
+        [
+            (one["event"], one["accepted_at"], one["source"], one["id"], one["type"], one["status"], one["outcome"],
+             _counts(one["totals"]))
+            for one in found
+        ],
+    )  # fmt: skip
+
+
+@app.command("show")
+def show(ctx: typer.Context, words: EventWords, json: Json = False) -> None:
+    """Show where an event stands."""
+    from worker import history
+
+    with opened(ctx) as installation, installation.database.read() as connection:
+        state = history.event_state(connection, event_of(connection, words))
+    if json:
+        print_json(state)
+        return
+    for name, value in state.items():
+        print_line(f"{name.replace('_', ' ')}: {shown(_value(value))}")
+
+
+@app.command("cancel")
+def cancel(ctx: typer.Context, words: EventWords, json: Json = False) -> None:
+    """Withdraw what is not yet sent of an event, before the next flight."""
+    from worker import history, ledger
+
+    with opened(ctx) as installation, installation.database.write() as connection:
+        event = event_of(connection, words)
+        if event.status not in {"accepted", "planning", "sending", "cancelled"}:
+            raise Stop(Exit.CONFLICT, f"event {event.ulid} is {event.status}: there is nothing left to cancel")
+        withdrawn = ledger.cancel(connection, event.id, owner=0, now=installation.clock())
+        state = history.event_state(connection, event)
+    if json:
+        print_json({**state, "withdrawn": withdrawn})
+    else:
+        print_line(f"{event.ulid} cancelled: {counted(withdrawn, 'mail')} withdrawn, {_counts(state['totals'])}")
+
+
+def why(
+    ctx: typer.Context,
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="EVENT CONTACT-OR-ADDRESS",
+            show_default=False,
+            help="The event (ULID, or SOURCE ID), then a contact id, ACCOUNT/CONTACT or an address.",
+        ),
+    ],
+    json: Json = False,
+) -> None:
+    """Show why a contact got a mail, or did not, as it was when the event was resolved."""
+    from worker import history
+
+    if len(words) not in {2, 3}:
+        raise Stop(Exit.USAGE, "name the event (its ULID, or SOURCE ID) and then the contact or address")
+    *name, who = words
+    with opened(ctx) as installation, installation.database.read() as connection:
+        event = event_of(connection, name)
+        found = history.why(connection, event, who)
+    if not found and event.status in {"accepted", "planning"}:
+        raise Stop(Exit.NOT_FOUND, f"event {event.ulid} is {event.status}: nobody is resolved yet, ask again later")
+    if not found:
+        message = f"nobody named {who!r} was a contact of an account that event {event.ulid} concerned"
+        raise Stop(Exit.NOT_FOUND, message)
+    if json:
+        print_json({"event": event.ulid, "verdicts": found})
+        return
+    for one in found:
+        for line in _told(one):
+            print_line(line)
+
+
+def _told(verdict: Mapping[str, Any]) -> Sequence[str]:
+    head = f"{verdict['account']}/{verdict['contact']} <{verdict['email']}>"
+    outcome = verdict["outcome"] + (f" ({verdict['reason']})" if verdict["reason"] else "")
+    if verdict["delivery"] is None:
+        because = reasons(verdict["dropped"]) or outcome
+        return [f"{head} gets no mail of {verdict['category']}: {because}", f"  outcome for the account: {outcome}"]
+    lines = [f"{head} gets {verdict['category']} as {verdict['delivery']}: {reasons(verdict['matched'])}"]
+    if verdict["dropped"]:
+        lines.append(f"  not for: {reasons(verdict['dropped'])}")
+    sent = verdict["sent"]
+    if sent:
+        detail = ", ".join(str(sent[name]) for name in ("reason", "settled_at", "relay", "reply") if sent[name])
+        lines.append(f"  delivery {sent['n']}: {sent['status']}{f' ({detail})' if detail else ''}")
+    return lines
+
+
+def _counts(totals: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {status}" for status, count in totals.items()) or "-"
+
+
+def _value(value: object) -> object:
+    if isinstance(value, dict):
+        return _counts(value) if all(isinstance(one, int) for one in value.values()) else value
+    if isinstance(value, list):
+        return "; ".join(str(one) for one in value) or "-"
+    return value if value is not None else "-"
