@@ -1,0 +1,1 @@
+"""The web side: the API of publishers, the pages of recipients and operators, and a local inbox."""
