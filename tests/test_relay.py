@@ -204,7 +204,7 @@ def test_the_mails_behind_one_that_failed_go_out_all_the_same(server: SmtpServer
 def test_a_definite_refusal_keeps_the_connection_and_resets_it(server: SmtpServer) -> None:
     server.on("rcpt", reply(550, "5.1.1 nobody of that name"), recipient="gone@acme.example")
     outcomes = send(server.relay(), mail("gone@acme.example"), mail())
-    assert outcomes[0].reply == "rcpt: 550 5.1.1 nobody of that name"
+    assert outcomes[0].reply == "550 5.1.1 nobody of that name (at RCPT TO)"
     assert outcomes[1].kind is A
     assert server.connections == 1
     assert server.verbs()[:7] == ["EHLO", "MAIL", "RCPT", "RSET", "MAIL", "RCPT", "DATA"]

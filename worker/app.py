@@ -136,7 +136,7 @@ class Engine:
                 connection,
                 host=socket.gethostname(),
                 pid=os.getpid(),
-                lanes=",".join(lane.name.lower() for lane in self.lanes),
+                lanes=",".join(lane.name.lower() for lane in self.lanes) if settings.relay_urls else "",
                 now=self.app.clock(),
             )
             now = self.app.clock()
@@ -231,9 +231,9 @@ class Engine:
         )
 
     def idle(self, event_ids: list[int] | None = None) -> bool:
-        """Whether nothing (of these events) is due now."""
+        """Whether nothing (of these events) is due now; without a worker that has a relay no mail is due."""
         with self.app.database.read() as connection:
-            if not self.app.settings.relay_urls:
+            if not ledger.someone_sends(connection):
                 return not ledger.waits_for_plan(connection, now=self.app.clock())
             return not ledger.due_now(connection, now=self.app.clock(), event_ids=event_ids)
 

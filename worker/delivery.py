@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from sqlalchemy import Connection, insert, select, update
 
@@ -52,17 +53,31 @@ FAULT_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True)
+class Flight:
+    """Mails that are about to leave together, with everything that they say."""
+
+    id: int  # 0 in the hold class: each of its mails is begun before its last bytes
+    begun: int  # when: the Date of mails that were never tried before
+    dues: Sequence[Due]
+    people: People
+    withdrawn: Mapping[int, str]  # those that are not to be sent after all, and why
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
-    """A claimed slice with everything its flights need."""
+    """A claimed slice with its first flight, begun in the same transaction; None where the slice owes nothing."""
 
     claim: Claim
     event: EventRow
-    numbers: tuple[int, ...]
-    flight_id: int  # the first flight, begun with the claim; 0 in the hold class
-    begun: int  # when: the Date of mails that were never tried before
-    guard: int
     guard_at_plan: int
     address_key: bytes
+    first: Flight | None
+    numbers: tuple[int, ...]  # what comes after the first flight
+
+    @property
+    def hold(self) -> bool:
+        """Whether its mails are of the hold class (design, principle 6)."""
+        return self.event.class_ == HOLD_CLASS
 
 
 @dataclass(slots=True)
@@ -178,20 +193,26 @@ class Sender:
         try:
             await self._flights(work)
         except RelayError:
-            await self._postpone(work, NO_RELAY_SECONDS)
+            await self._postpone(work, NO_RELAY_SECONDS, fault=False)
             return
         except Exception as error:
             logger.exception("slice.failed", slice=slice_id, why=str(error), tried_again_in_seconds=FAULT_SECONDS)
-            await self._postpone(work, FAULT_SECONDS)
+            await self._postpone(work, FAULT_SECONDS, fault=True)
             return
         self.settler.flush()
         now = self.clock()
         await self._surely(lambda connection: ledger.finish(connection, work.claim, self.worker, now=now))
 
-    async def _postpone(self, work: Work, seconds: int) -> None:
+    async def _postpone(self, work: Work, seconds: int, *, fault: bool) -> None:
+        """Give the slice back for a while; after a fault of ours its open flights end as a vanished worker's do."""
         self.settler.flush()
-        until = self.clock() + seconds * 1_000_000
-        await self._surely(lambda connection: ledger.postpone(connection, work.claim, self.worker, until=until))
+        now = self.clock()
+        until = now + seconds * 1_000_000
+        await self._surely(
+            lambda connection: ledger.postpone(
+                connection, work.claim, self.worker, until=until, now=now, hold=fault and work.hold, again=fault
+            )
+        )
 
     async def _surely(self, work: Callable[[Connection], None]) -> None:
         """Give a slice back even where the database can't be reached at once: it is tried until it can."""
@@ -207,18 +228,16 @@ class Sender:
     # ------------------------------------------------------------ claim
 
     def _take(self, connection: Connection, slice_id: int) -> Work | None:
-        now = self.clock()
-        taken = ledger.claim(connection, slice_id, self.worker, now=now)
+        taken = ledger.claim(connection, slice_id, self.worker, now=self.clock())
         if taken is None:
             return None
         row = connection.execute(select(events).where(events.c.id == taken.event_id)).one()
         event = self._addressed(connection, event_row(row))
         numbers = ledger.owed(connection, taken)
-        flight_id, guard = 0, ledger.guard(connection)
-        if event.class_ != HOLD_CLASS and numbers:
-            flight_id, guard = ledger.begin(connection, taken, self.worker, numbers[:FLIGHT], now=now)
-        key = directory.address_key(connection)
-        return Work(taken, event, tuple(numbers), flight_id, now, guard, row.guard_at_plan, key)
+        work = Work(taken, event, row.guard_at_plan, directory.address_key(connection), None, ())
+        count = 1 if work.hold else FLIGHT
+        first = self._begin(connection, work, numbers[:count]) if numbers else None
+        return replace(work, first=first, numbers=tuple(numbers[count:]))
 
     def _addressed(self, connection: Connection, event: EventRow) -> EventRow:
         """An event that was accepted before a sender was configured gets its domains once, for all attempts."""
@@ -237,52 +256,39 @@ class Sender:
 
     async def _flights(self, work: Work) -> None:
         """Flight after flight; raises `RelayError` where no relay is left to try."""
-        hold = work.event.class_ == HOLD_CLASS
-        flight_id, guard, begun = work.flight_id, work.guard, work.begun
-        numbers = list(work.numbers)
-        while numbers and self.may_send():
+        flight, numbers = work.first, list(work.numbers)
+        while flight is not None and self.may_send():
             relay = self.relays.choose()
-            if hold:
-                count = 1
-            elif flight_id:
-                count = FLIGHT  # the one that was begun with the claim
-            else:
-                count = relay.rate.flight_size(FLIGHT)
+            numbers = await self._fly(work, relay, flight) + numbers
+            count = 1 if work.hold else relay.rate.flight_size(FLIGHT)
             members, numbers = numbers[:count], numbers[count:]
-            if not flight_id and not hold:
-                begun = self.clock()
-                flight_id, guard = await self._begin(work, members, now=begun)
-                if not flight_id:
-                    return  # the claim was lost: whoever has it now sends the rest
-            left = await self._flight(work, relay, members, flight_id=flight_id, guard=guard, begun=begun)
-            flight_id, numbers = 0, left + numbers
+            if not members:
+                return
+            flight = await self.writer.run(partial(self._begin, work=work, members=members))
 
-    async def _begin(self, work: Work, members: Sequence[int], *, now: int) -> tuple[int, int]:
-        return await self.writer.run(
-            lambda connection: ledger.begin(connection, work.claim, self.worker, members, now=now)
-        )
+    def _begin(self, connection: Connection, work: Work, members: Sequence[int]) -> Flight | None:
+        """Name these mails and gather what they say; None where the claim was lost: its new owner sends them."""
+        now = self.clock()
+        if work.hold:
+            flight_id, guard = 0, ledger.guard(connection)
+        else:
+            flight_id, guard = ledger.begin(connection, work.claim, self.worker, members, now=now)
+            if not flight_id:
+                return None
+        checked = work.hold or guard != work.guard_at_plan
+        dues, people, withdrawn = self._ready(connection, work.event, members, check=checked)
+        return Flight(flight_id, now, dues, people, withdrawn)
 
-    async def _flight(
-        self, work: Work, relay: Relay, members: Sequence[int], *, flight_id: int, guard: int, begun: int
-    ) -> list[int]:
+    async def _fly(self, work: Work, relay: Relay, flight: Flight) -> list[int]:
         """Send these mails; returns those that were not begun because the relay failed: another may take them."""
-        checked = guard != work.guard_at_plan or work.event.class_ == HOLD_CLASS
-        dues, people, withdrawn = await self.writer.run(
-            lambda connection: self._ready(connection, work.event, members, check=checked)
-        )
-        self.settler.expect(flight_id, len(dues))
-        mails = _Mails(self, work, flight_id, begun, relay.name)
+        self.settler.expect(flight.id, len(flight.dues))
+        mails = _Mails(self, work, flight, relay.name)
         try:
-            await relay.send(
-                mails.envelopes(dues, people, withdrawn),
-                lane=int(work.claim.lane),
-                done=mails.done,
-                gate=self.settler.room,
-            )
+            await relay.send(mails.envelopes(), lane=int(work.claim.lane), done=mails.done, gate=self.settler.room)
         except RelayError:
-            self.settler.forget(flight_id)
-            await self.writer.run(lambda connection: ledger.land(connection, [flight_id]))
-            return [due.n for due in dues if due.n not in mails.settled]
+            self.settler.forget(flight.id)
+            await self.writer.run(lambda connection: ledger.land(connection, [flight.id]))
+            return [due.n for due in flight.dues if due.n not in mails.settled]
         return []
 
     def _ready(
@@ -379,17 +385,17 @@ class _Mails:
 
     sender: Sender
     work: Work
-    flight_id: int
-    begun: int
+    flight: Flight
     relay: str
     _flown: list[Due] = field(default_factory=list)
     _holds: dict[int, int] = field(default_factory=dict)  # n -> flight, in the hold class
     settled: set[int] = field(default_factory=set)  # the numbers of which it is known what became of them
 
-    def envelopes(self, dues: Sequence[Due], people: People, withdrawn: dict[int, str]) -> Iterator[Envelope]:
+    def envelopes(self) -> Iterator[Envelope]:
         """Each mail that is to go; the others are settled on the way."""
-        for due in dues:
-            reason = withdrawn.get(due.n) or self._waits(due, people)
+        people = self.flight.people
+        for due in self.flight.dues:
+            reason = self.flight.withdrawn.get(due.n) or self._waits(due, people)
             if reason is not None:
                 self._not_now(due, reason)
                 continue
@@ -465,7 +471,7 @@ class _Mails:
 
     def _envelope(self, due: Due, people: People) -> Envelope:
         sender, event = self.sender, self.work.event
-        mail = sender.composer.mail_of(event, due, people, now=self.begun)
+        mail = sender.composer.mail_of(event, due, people, now=self.flight.begun)
         email = sender.renderer.render(mail)
         body = mime.assemble(email)
         variant = (event.id, variant_of(due.grounds[0].shape), mail.locale)
@@ -488,7 +494,10 @@ class _Mails:
         """The hold class: commit that this mail may leave, before its last bytes; False where the claim was lost."""
         if not self.sender.may_send():
             return False
-        flight_id, _ = await self.sender._begin(self.work, [due.n], now=self.begun)  # noqa: SLF001
+        work, worker, begun = self.work, self.sender.worker, self.flight.begun
+        flight_id, _ = await self.sender.writer.run(
+            lambda connection: ledger.begin(connection, work.claim, worker, [due.n], now=begun)
+        )
         self.sender.settler.expect(flight_id, 1)
         self._holds[due.n] = flight_id
         return bool(flight_id)
@@ -517,14 +526,14 @@ class _Mails:
                 n=due.n,
                 slice_id=self.work.claim.slice_id,
                 epoch=self.work.claim.epoch,
-                flight_id=self._holds.get(due.n, self.flight_id),
+                flight_id=self._holds.get(due.n, self.flight.id),
                 status=status,
                 reason=reason,
                 attempted=outcome is not None,
                 due_at=due_at,
                 relay=self.relay if outcome is not None else None,
                 reply=outcome.reply if outcome is not None else reply,
-                flown_at=self.begun,
+                flown_at=self.flight.begun,
                 at=self.sender.clock(),
             )
         )

@@ -39,6 +39,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
+from subscriptions.directory import among
 from subscriptions.schema import installation
 from worker.schema import deliveries, events, flights, pauses, slices, tallies, workers
 
@@ -134,6 +135,11 @@ def register(connection: Connection, *, host: str, pid: int, lanes: str, now: in
     """A row for this worker process; its number owns slices."""
     statement = insert(workers).values(host=host, pid=pid, lanes=lanes, started_at=now, beat_at=now)
     return int(connection.execute(statement.returning(workers.c.id)).scalar_one())
+
+
+def someone_sends(connection: Connection) -> bool:
+    """Whether a worker is there that has a relay; one without plans events and sends nothing."""
+    return _any(connection, select(workers.c.id).where(workers.c.lanes != ""))
 
 
 def beat(connection: Connection, worker: int, *, now: int) -> None:
@@ -283,13 +289,22 @@ def finish(connection: Connection, taken: Claim, worker: int, *, now: int) -> No
     )
 
 
-def postpone(connection: Connection, taken: Claim, worker: int, *, until: int) -> None:
-    """Give a slice back, not to be tried before `until`: no relay could be reached; no attempt is counted."""
-    connection.execute(
+def postpone(
+    connection: Connection, taken: Claim, worker: int, *, until: int, now: int, hold: bool, again: bool
+) -> None:
+    """Give a slice back, not to be tried before `until`.
+
+    Its open flights end: where nothing of them left (`again` False) without a trace, else as a vanished worker's do.
+    """
+    given = connection.execute(
         update(slices)
         .where(slices.c.id == taken.slice_id, slices.c.owner == worker, slices.c.epoch == taken.epoch)
         .values(owner=None, queued_at=None, due_at=until)
-    )
+    ).rowcount
+    if given and again:
+        _end_open_flights(connection, worker, taken.slice_id, taken.event_id, hold=hold, now=now)
+    elif given:
+        connection.execute(delete(flights).where(flights.c.slice_id == taken.slice_id, flights.c.epoch == taken.epoch))
 
 
 def _members(taken: Claim) -> Select[int]:
@@ -558,9 +573,9 @@ def due_now(connection: Connection, *, now: int, event_ids: Sequence[int] | None
     )
     retries = select(deliveries.c.n).where(deliveries.c.due_at <= now, deliveries.c.status == int(Status.PLANNED))
     if event_ids is not None:
-        planning = planning.where(events.c.id.in_(event_ids))
-        sending = sending.where(slices.c.event_id.in_(event_ids))
-        retries = retries.where(deliveries.c.event_id.in_(event_ids))
+        planning = planning.where(among(connection, events.c.id, event_ids))
+        sending = sending.where(among(connection, slices.c.event_id, event_ids))
+        retries = retries.where(among(connection, deliveries.c.event_id, event_ids))
     return any(_any(connection, query) for query in (planning, sending, retries))
 
 
@@ -619,7 +634,7 @@ def cancel(connection: Connection, event_id: int, *, owner: int, now: int) -> in
     withdrawn = connection.execute(
         update(deliveries)
         .where(deliveries.c.event_id == event_id, deliveries.c.status.in_([int(Status.PLANNED)]))
-        .where(deliveries.c.n.not_in(sorted(open_members)))
+        .where(~among(connection, deliveries.c.n, sorted(open_members)))
         .values(status=int(Status.CANCELLED), reason="event_cancelled", due_at=None, settled_at=now)
     ).rowcount
     add_tallies(connection, owner, {(event_id, Status.CANCELLED): withdrawn, (event_id, Status.PLANNED): -withdrawn})

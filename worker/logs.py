@@ -72,7 +72,7 @@ def configure(log_format: Literal["console", "json"] | None, *, level: int = log
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for noisy in ("dramatiq", "uvicorn.access", "alembic", "mail.log", "aiosmtpd", "httpx", "asyncio"):
+    for noisy in ("dramatiq", "uvicorn", "uvicorn.access", "alembic", "mail.log", "aiosmtpd", "httpx", "asyncio"):
         logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

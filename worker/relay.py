@@ -80,6 +80,15 @@ class About(StrEnum):
     RELAY = "relay"
 
 
+_STAGES = {
+    "mail": "at MAIL FROM",
+    "rcpt": "at RCPT TO",
+    "data": "at DATA",
+    "body": "within the mail",
+    "dot": "after the mail",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of one mail, with the relay's own words."""
@@ -92,8 +101,9 @@ class Outcome:
 
     @property
     def reply(self) -> str:
-        """Stage, code and text as one line for the ledger."""
-        return f"{self.stage}: {self.code or 'no reply'} {self.text}".strip()
+        """Code and text as one line for the ledger, with the stage where the mail was not accepted."""
+        said = f"{self.code} {self.text}".strip() if self.code else self.text
+        return said if self.kind is Kind.ACCEPTED else f"{said} ({_STAGES[self.stage]})"
 
 
 @dataclass(slots=True)
@@ -480,13 +490,17 @@ class Relay:
             if not settings.implicit_tls
             else False,
             tls_context=self._tls_context(),
-            username=settings.user,
-            password=str(settings.password) if settings.password is not None else None,
         )
         try:
             await client.connect()
             if client.is_ehlo_or_helo_needed:
                 await client.ehlo()
+            if settings.user is not None:
+                self._password_is_safe(client)
+                await client.login(settings.user, str(settings.password or ""))
+        except RelayError:
+            client.close()
+            raise
         except (aiosmtplib.SMTPException, OSError, ValueError) as error:
             client.close()
             _translate(self.name, settings, error)
@@ -500,6 +514,13 @@ class Relay:
         # aiosmtplib closes what it believes to hold when it is collected: the connection is the channel's now.
         client.transport = client.protocol = None
         return channel
+
+    def _password_is_safe(self, client: aiosmtplib.SMTP) -> None:
+        """A password crosses no network in the clear that the settings did not allow (`tls=none` did)."""
+        encrypted = client.get_transport_info("sslcontext") is not None
+        if not encrypted and self.settings.tls == "opportunistic" and not self.settings.loopback:
+            message = f"the relay {self.name} offers no TLS and would get the password in the clear: use tls=required"
+            raise RelayMisconfigured(message)
 
     def _tls_context(self) -> ssl.SSLContext | None:
         """Made once and after failures: reading the machine's authorities takes some 20 ms."""

@@ -73,9 +73,20 @@ def publish(
             _report(receipts, totals)
         say(f"{counted(len(receipts) - known, 'event')} accepted{f', {known:,} known before' if known else ''}")
         if totals is None:
-            say("a worker sends what is due: `rolecast work`, or `rolecast up`")
+            say(_who_sends(app))
         else:
             _end(app, totals, waiting)
+
+
+def _who_sends(app: App) -> str:
+    """Where the mail goes from here: to the process that works already, or to one that has yet to be started."""
+    from worker.lock import WorkLock
+
+    lock = WorkLock(app.database)
+    if app.settings.broker_url != "memory://" or not lock.take():
+        return "a worker that runs already sends what is due"
+    lock.free()
+    return "no worker runs now: `rolecast work` or `rolecast up` sends what is due"
 
 
 # ---------------------------------------------------------------- accepting
@@ -197,12 +208,12 @@ def _end(app: App, totals: dict[str, int], waiting: dict[str, int]) -> None:
     """The exit code that the totals ask for, with the reason why something waits."""
     owed = totals.get("planned", 0) + totals.get("sending", 0)
     for reason, count in waiting.items():
-        say(f"{counted(count, 'mail')} waits: {_WAITS.get(reason, f'{reason}, it is tried again by itself')}")
+        say(f"{counted(count, 'mail')} waiting: {_WAITS.get(reason, f'{reason}, it is tried again by itself')}")
     rest = owed - sum(waiting.values())
     if rest > 0 and not app.settings.relay_urls:
-        say(f"{counted(rest, 'mail')} waits: no relay is configured, set ROLECAST_RELAY_URLS")
+        say(f"{counted(rest, 'mail')} waiting: no relay is configured, set ROLECAST_RELAY_URLS")
     elif rest > 0:
-        say(f"{counted(rest, 'mail')} waits: no relay could be used, or the time was over; a worker goes on with it")
+        say(f"{counted(rest, 'mail')} waiting: no relay could be used, or the time was over; a worker goes on with it")
     if totals.get("held"):
         say(f"{counted(totals['held'], 'mail')} held: a person decides, see `rolecast deliveries list EVENT`")
     if totals.get("failed"):
