@@ -37,18 +37,23 @@ def normalise(text: str) -> str:
     `.test` and `.example` are accepted; quoted local parts, address literals, comments, display names and control
     characters are not. Raises BadAddress.
     """
-    trimmed = text.strip(_AROUND)
-    if _is_plain(trimmed):
-        return trimmed.lower()
-    return _normalise_by_library(trimmed)
+    address = text.strip(_AROUND)
+    if _is_plain(address):
+        return address.lower()
+    return _normalise_by_library(address)
 
 
 def as_written(text: str) -> str:
     """The address that mail is sent to: trimmed and checked, its case kept. Raises BadAddress."""
-    trimmed = text.strip(_AROUND)
-    if not _is_plain(trimmed):
-        _normalise_by_library(trimmed)
-    return trimmed
+    address = trimmed(text)
+    if not _is_plain(address):
+        _normalise_by_library(address)
+    return address
+
+
+def trimmed(text: str) -> str:
+    """The text as `as_written` gives it, for one that `normalise` has accepted already."""
+    return text.strip(_AROUND)
 
 
 def _is_plain(trimmed: str) -> bool:

@@ -120,6 +120,7 @@ def apply_batches(
         write(connection, model, found, why=why)
         difference.join(found.difference)
         guard = guard or found.guard
+        del changes, model, found  # the next batch is made when this one is gone
     if guard:
         connection.execute(text("UPDATE installation SET guard = guard + 1"))
     return difference
@@ -139,6 +140,7 @@ def plan_batches(
     for changes in batches:
         model = _changed(connection, key, actor, changes, catalogues=catalogues, now=now)
         difference.join(compare(model).difference)
+        del changes, model
     return difference
 
 

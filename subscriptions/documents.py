@@ -11,19 +11,19 @@ gets the default, a known one keeps what it has. Times are whole microseconds si
 from __future__ import annotations
 
 import difflib
-import enum
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import BinaryIO, Final, Literal, TypeVar
+from types import EllipsisType
+from typing import BinaryIO, Final, Literal, NamedTuple, TypeAlias, TypeVar
 from zoneinfo import ZoneInfo
 
-from subscriptions.addresses import BadAddress, as_written, normalise
+from subscriptions.addresses import BadAddress, normalise, trimmed
 from subscriptions.audience import AccountFacts, ContactFacts
 from subscriptions.catalogue import Catalogue, Role
-from subscriptions.strictjson import StrictJSONError, loads, pointer
+from subscriptions.strictjson import Reader, StrictJSONError, loads, pointer
 
 MAX_FAULTS: Final = 100
 SETTERS: Final = ("recipient", "operator", "import", "complaint")
@@ -47,20 +47,16 @@ _Keys = tuple[str | int, ...]  # the way to a value inside its account
 _Value = TypeVar("_Value")
 
 
-class Absent(enum.Enum):
-    """The type of ABSENT, so that a type checker can tell it from a value."""
+Absent: TypeAlias = EllipsisType
+"""The type of ABSENT, so that a type checker can tell it from a value."""
 
-    ABSENT = "absent"
+ABSENT: Final = ...
+"""Stands for a key that a document does not have."""
 
-    def __repr__(self) -> str:
-        return self.name
-
-
-ABSENT: Final = Absent.ABSENT
+# The records are tuples: they are made three times as fast as frozen dataclasses, and a million at a time.
 
 
-@dataclass(frozen=True, slots=True)
-class OptOutRecord:
+class OptOutRecord(NamedTuple):
     """A contact's wish not to receive a category in a role, and who recorded it."""
 
     role: str
@@ -69,8 +65,7 @@ class OptOutRecord:
     at: int | None = None  # None = not said
 
 
-@dataclass(frozen=True, slots=True)
-class SuppressionRecord:
+class SuppressionRecord(NamedTuple):
     """An address that is not mailed, and why."""
 
     address: str  # normalised
@@ -79,8 +74,7 @@ class SuppressionRecord:
     at: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ContactRecord:
+class ContactRecord(NamedTuple):
     """One contact as its document has it. A name, locale or timezone of None says that there is none."""
 
     id: str
@@ -96,8 +90,7 @@ class ContactRecord:
     unreachable: bool | Absent = ABSENT
 
 
-@dataclass(frozen=True, slots=True)
-class AccountRecord:
+class AccountRecord(NamedTuple):
     """One account as its document has it, contacts in order of assignment."""
 
     id: str
@@ -184,11 +177,12 @@ def _read_lines(number: int, line: bytes, stream: BinaryIO, reader: _Reader) -> 
     if line.lstrip(b"\xef\xbb\xbf \t\r").startswith(b"["):
         reader.fault_at("", 'The document must be {"accounts": [...]} or one account a line, not a bare list.')
         return
+    json_reader = Reader()
     while line:
         if line.strip():
             place = f"line {number}"
             try:
-                value = loads(line, first_line=number)
+                value = json_reader.loads(line, first_line=number)
             except StrictJSONError as error:
                 reader.fault_at(f"{place}, {error.pointer}" if error.pointer else place, str(error))
             else:
@@ -309,7 +303,7 @@ class _Reader:
             return "", ""
         value = contact["email"]
         address = self.address(value, (*keys, "email"))
-        return (as_written(value), address) if address and isinstance(value, str) else ("", "")
+        return (trimmed(value), address) if address and isinstance(value, str) else ("", "")
 
     def roles(
         self,

@@ -7,14 +7,20 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from subscriptions.catalogue import load_catalogues
+from subscriptions.database import Database
 from subscriptions.transfer import checked, run_import
 from worker.app import App, open_app
 from worker.events import Event, parse_event, sample
-from worker.intake import Accepted, Publisher
+from worker.fanout import Planner
+from worker.intake import Accepted, Intake, Publisher
 from worker.settings import load
+from worker.sharedfeed import SharedFeed
+from worker.statuspage import StatusPage
 
 NOW = 1_795_255_200_000_000
 """2026-11-21 10:00 UTC, where every test's clock begins."""
@@ -97,6 +103,15 @@ def house(
         if accounts:
             import_accounts(app, accounts)
         yield app
+
+
+def app_on(database: Database, folder: Path) -> App:
+    """An App on an opened database of either kind."""
+    settings = load({"ROLECAST_SENDER": "v@vendor.example"}, folder=folder)
+    catalogues, clock = load_catalogues(), MovedClock()
+    planner = Planner(catalogues, "live", settings.team)
+    feed = SharedFeed(database, StatusPage(None, clock=lambda: datetime.now(UTC)))
+    return App(settings, database, catalogues, planner, feed, Intake(database, planner, feed, settings, clock), clock)
 
 
 def import_accounts(app: App, accounts: Sequence[Mapping[str, Any]]) -> None:

@@ -12,7 +12,19 @@ from sqlalchemy import func, select
 
 from subscriptions.audience import resolve
 from subscriptions.database import Database
-from tests.house import ACME, DAY, GLOBEX, NOW, MovedClock, event, house, import_accounts, publish
+from tests.house import (
+    ACME,
+    CLI,
+    DAY,
+    GLOBEX,
+    NOW,
+    MovedClock,
+    app_on,
+    event,
+    house,
+    import_accounts,
+    publish,
+)
 from worker import fanout, ledger
 from worker.app import App
 from worker.fanout import pack, plan_event, take_event, unpack
@@ -156,7 +168,7 @@ def test_what_is_planned_is_what_a_dry_run_says(tmp_path: Path) -> None:
     accounts = [ACME, *[account(n, person(f"p{n}", "executive", "primary_support")) for n in range(30)]]
     with house(tmp_path, *accounts) as app:
         notice = event("service.notice", accounts="all")
-        dry = {one.id: verdict for _, one, verdict in app.intake.dry_run([notice], fanout_publisher())}
+        dry = {one.id: verdict for _, one, verdict in app.intake.dry_run([notice], CLI)}
         publish(app, notice)
         plan(app, page=7)
         with app.database.read() as connection:
@@ -174,25 +186,8 @@ def test_what_is_planned_is_what_a_dry_run_says(tmp_path: Path) -> None:
                 assert {number: bodies[shape] for number, shape in unpack(stored.packed)} == expected
 
 
-def fanout_publisher() -> Any:
-    from worker.intake import Publisher
-
-    return Publisher()
-
-
 def test_planning_works_alike_on_both_databases(database: Database, tmp_path: Path) -> None:
-    import datetime
-
-    from subscriptions.catalogue import load_catalogues
-    from worker.intake import Intake
-    from worker.settings import load
-    from worker.sharedfeed import SharedFeed
-    from worker.statuspage import StatusPage
-
-    settings, catalogues, clock = load({}, folder=tmp_path), load_catalogues(), MovedClock()
-    planner = fanout.Planner(catalogues, "live", settings.team)
-    feed = SharedFeed(database, StatusPage(None, clock=lambda: datetime.datetime.now(datetime.UTC)))
-    app = App(settings, database, catalogues, planner, feed, Intake(database, planner, feed, settings, clock), clock)
+    app = app_on(database, tmp_path)
     import_accounts(app, [account(n, person(f"p{n}", "executive"), person("pat", "executive")) for n in range(9)])
     publish(app, event("announcement.published", accounts="all"))
     plan(app, page=4)

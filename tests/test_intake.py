@@ -10,7 +10,19 @@ import pytest
 from sqlalchemy import func, select
 
 from subscriptions.database import Database
-from tests.house import ACME, CLI, DAY, GLOBEX, NOW, MovedClock, event, house, publish
+from tests.house import (
+    ACME,
+    CLI,
+    DAY,
+    GLOBEX,
+    NOW,
+    app_on,
+    envelope,
+    event,
+    house,
+    import_accounts,
+    publish,
+)
 from worker import ledger
 from worker.app import App
 from worker.fanout import unpack
@@ -56,7 +68,6 @@ def test_the_same_source_and_id_with_other_content_is_a_conflict(tmp_path: Path)
 
 
 def test_time_and_extensions_do_not_make_another_fact(tmp_path: Path) -> None:
-    from tests.house import envelope
     from worker.events import parse_event
 
     with house(tmp_path, ACME) as app:
@@ -181,27 +192,9 @@ def test_a_dry_run_answers_as_the_acceptance_would_and_stores_nothing(tmp_path: 
 
 
 def test_acceptance_works_alike_on_both_databases(database: Database, tmp_path: Path) -> None:
-    import datetime
-
-    from subscriptions.catalogue import load_catalogues
-    from worker.fanout import Planner
-    from worker.intake import Intake
-    from worker.settings import load
-    from worker.sharedfeed import SharedFeed
-    from worker.statuspage import StatusPage
-
-    settings = load({"ROLECAST_SENDER": "v@vendor.example"}, folder=tmp_path)
-    catalogues = load_catalogues()
-    page = StatusPage(None, clock=lambda: datetime.datetime.now(datetime.UTC))
-    intake = Intake(
-        database, Planner(catalogues, "live", settings.team), SharedFeed(database, page), settings, MovedClock()
-    )
-    app = App(settings, database, catalogues, intake.planner, intake.feed, intake, MovedClock())
-    from tests.house import import_accounts
-
+    app = app_on(database, tmp_path)
     import_accounts(app, [ACME, GLOBEX])
-    answers = intake.accept([event("invoice.issued"), event("quote.issued", id="q", account="globex")], CLI)
+    answers = publish(app, event("invoice.issued"), event("quote.issued", id="q", account="globex"))
     assert [answer.outcome for answer in answers] == ["deliver", "deliver"]
-    assert intake.accept([event("invoice.issued")], CLI)[0].duplicate
-    with database.read() as connection:
-        assert connection.execute(select(func.count()).select_from(deliveries)).scalar_one() == 2
+    assert publish(app, event("invoice.issued"))[0].duplicate
+    assert count(app, deliveries) == 2
