@@ -376,3 +376,8 @@ def test_the_team_is_known_by_address_and_by_domain() -> None:
 )  # fmt: skip
 def test_this_machine_is_known_by_its_addresses(host: str, here: bool) -> None:
     assert is_loopback(host) is here
+
+
+def test_the_status_page_is_answered_as_it_was_written(tmp_path: Path) -> None:
+    for url in ("https://status.vendor.example", "https://status.vendor.example/"):
+        assert load({"ROLECAST_STATUS_PAGE_URL": url}, folder=tmp_path).status_page_url == url

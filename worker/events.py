@@ -367,13 +367,16 @@ def _event(kind: EventType, value: Mapping[str, Any]) -> Event:
 def read_file(data: bytes, *, name: str = "") -> list[Event]:
     """The events of a file: one event, a JSON array, or JSON Lines. Raises EventError with all faults of the file.
 
-    A `name` that ends in .jsonl or .ndjson says that it is JSON Lines; otherwise it shows in the first two lines.
+    A `name` that ends in .jsonl or .ndjson says that it is JSON Lines, unless its first line is no whole object;
+    otherwise it shows in the first two lines.
     """
     if not data.strip():
         message = "The file is empty; it should hold one event, a JSON array or JSON Lines."
         raise EventError(Fault("", message, "malformed"))
     lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
-    if name.endswith((".jsonl", ".ndjson")) or _looks_like_lines(lines):
+    first = next((line.strip() for line in lines if line.strip()), b"")
+    named_lines = name.endswith((".jsonl", ".ndjson")) and first != b"{" and not first.startswith(b"[")
+    if named_lines or _looks_like_lines(lines):
         return _every((("", number, line) for number, line in enumerate(lines, 1) if line.strip()), _parse_line)
     value = parse_json(data)
     return parse_batch(value) if isinstance(value, list) else [parse_event(value)]

@@ -368,6 +368,12 @@ def _split(text: str) -> SplitResult | None:
     return None if port == 0 else parts
 
 
+def _page_url(value: Any) -> str:
+    """A page's address, as written: it is answered and printed, and nothing is put behind it."""
+    _web_url(value)
+    return _text(value)
+
+
 def _feed_url(value: Any) -> str:
     text = _text(value)
     parts = _split(text)
@@ -503,7 +509,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "bounce_domain": _domain,
     "public_url": _web_url,
     "listen": _listen,
-    "status_page_url": _web_url,
+    "status_page_url": _page_url,
     "status_page_feed_url": _feed_url,
     "status_page_every": _whole(5, 86400),
     "status_page_feed_allow": _feed_allow,
