@@ -732,7 +732,7 @@ def test_events_are_values():
 
 def test_what_another_action_changes_is_the_publishers_own_word():
     routing = {"what": "routing", "to": "queue 7"}
-    value = sample("action.requested")
+    value = events.sample("action.requested")
     value["data"] |= {"action": "account_change", "change": routing}
     assert parse_event(value).data["change"] == routing
     value["data"]["action"] = "contact_change"
@@ -741,6 +741,6 @@ def test_what_another_action_changes_is_the_publishers_own_word():
 
 
 def test_a_file_named_as_lines_may_hold_one_indented_event_or_an_array():
-    one = sample("invoice.issued")
+    one = events.sample("invoice.issued")
     for text in (json.dumps(one, indent=1), json.dumps([one, one | {"id": "2"}])):
         assert read_file(text.encode(), name="events.jsonl")[0].id == one["id"]
