@@ -73,7 +73,7 @@ def main() -> None:
             args=["--no-sandbox", "--disable-background-networking", "--disable-dev-shm-usage"],
         )
         events = opened(browser, pages["events"], height=900)
-        events.get_by_role("link", name="invoice.issued").last.click()
+        events.get_by_role("link", name="Invoice issued").last.click()
         events.wait_for_load_state("networkidle")
         take(events, "event")
         inbox = opened(browser, f"{pages['inbox']}?q=Q-0417", width=900, height=1000)

@@ -112,6 +112,49 @@ def test_verdicts_come_in_pages_as_they_were_answered(app):
     assert first[1]["reason"] == "category_not_in_catalogue"
 
 
+def test_the_audience_is_counted_without_reading_anybody(app):
+    publish(app, event("announcement.published", account=None, accounts="all"))
+    planned(app)
+    found = asked(app, history.audience, "/test", "e1")
+    assert (found.accounts, found.contacts, found.recipients, found.mailboxes) == (3, 8, 2, 1)
+    assert found.outcomes == {("deliver", None): 2, ("rejected", "category_not_in_catalogue"): 1}
+
+
+def test_verdicts_can_be_told_for_so_many_contacts_at_a_time(app):
+    publish(app, event("announcement.published", account=None, accounts="all"))
+    planned(app)
+    seen, after, left_out = [], 0, []
+    while after is not None:
+        answers, after = asked(app, history.list_verdicts, "/test", "e1", after=after, contacts_limit=3)
+        left_out += [one.get("left_out", 0) for one in answers]
+        assert sum(len(one["recipients"]) + len(one["excluded"]) for one in answers) <= 3
+        seen += [one["account"] for one in answers]
+    assert (seen, left_out) == (["acme", "globex", "initech"], [1, 0, 0])
+
+
+def test_each_account_is_named_with_the_catalogue_that_judged_it(app):
+    publish(app, event("announcement.published", account=None, accounts="all"))
+    planned(app)
+    found = asked(app, history.catalogues_of, "/test", "e1", account_ids=["acme", "globex", "nobody"])
+    assert found == {"acme": "billtrust", "globex": "issuetrak"}
+
+
+def test_a_listed_event_says_what_it_is_about_and_keeps_its_signing_link(app):
+    link = "https://sign.example/d/1"
+    publish(
+        app,
+        event("quote.issued", id="e1", account="globex", title=f"Sign at {link}", signing_url=link),
+        event("service.notice", id="e2", account=None, accounts=["acme", "globex"], title="Moved"),
+    )
+    with app.database.read() as connection:
+        second, first = history.list_events(connection)
+        assert (first["title"], first["account"]) == ("Sign at [signing link withheld]", "globex")
+        assert (second["title"], second["accounts"]) == ("Moved", 2)
+    assert history.signing_link(app.database, first["event"]) == link
+    assert history.signing_link(app.database, second["event"]) is None
+    assert history.signing_link(app.database, "nonsense") is None
+
+
 def test_why_answers_by_contact_by_account_and_contact_and_by_address(app):
     publish(app, event("announcement.published", account=None, accounts="all"))
     planned(app)

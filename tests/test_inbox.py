@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import smtplib
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from email import message_from_bytes
 from email.message import EmailMessage
 from email.policy import SMTP
+from functools import partial
+from html import escape
 from pathlib import Path
 
 import pytest
 
+from subscriptions.database import DatabaseUnusable
 from tests.test_web_security import running
-from tests.web_site import BASE, Web, opened, served
+from tests.web_site import BASE, Web, an_event, opened, served
+from worker import history
+from worker.events import parse_event
+from worker.intake import Publisher
 from worker.web.inbox import Inbox, decoded, fault_of
 from worker.web.inbox_pages import in_scheme, one_click_path
 
@@ -230,3 +242,103 @@ def test_the_unsubscribe_button_calls_nobody_else(inbox: Inbox, port: int, web: 
     mail = inbox.open(inbox.mails()[0].id)
     assert one_click_path(mail, BASE) is None
     assert web.client.post(f"/inbox/{mail.caught.id}/unsubscribe").status_code == 422
+
+
+# ---------------------------------------------------------------- signing links
+
+SECRET = "https://sign.example/d/q-1?key=a'b&who=ada"
+
+
+def a_quote(web: Web) -> str:
+    return web.publish("quote.issued", account="city", signing_url=SECRET)
+
+
+def a_signers_mail(event: str) -> EmailMessage:
+    """A mail with the link in its subject, text, HTML and two files, encoded so that the bytes hide it."""
+    mail = EmailMessage()
+    mail["From"], mail["To"] = "Vendor <news@vendor.example>", "pia@city.example"
+    mail["Subject"], mail["X-Rolecast-Event"] = f"Sign at {SECRET}, für heute", event
+    mail.set_content(f"Sign here: {SECRET}\n\nGrüße\n", cte="base64")
+    mail.add_alternative(f'<p><a href="{escape(SECRET)}">Sign</a></p>', subtype="html", cte="quoted-printable")
+    mail.add_attachment(f"link,{SECRET}\n", subtype="csv", filename="links.csv")
+    mail.add_attachment(f"%PDF-1.7 {SECRET}".encode(), maintype="application", subtype="pdf", filename="quote.pdf")
+    return mail
+
+
+def leaks(text: str) -> bool:
+    return "sign.example" in text.lower() or "q-1?key" in text.lower()
+
+
+def test_a_signing_link_is_masked_in_every_view_search_and_file(inbox: Inbox, port: int, web: Web) -> None:
+    inbox.hide(partial(history.signing_link, web.app.database))
+    send(port, a_signers_mail(a_quote(web)))
+    [caught] = inbox.mails()
+    own = f"/inbox/{caught.id}"
+    for path in ("/inbox", own, *(f"{own}?tab={tab}" for tab in ("text", "headers", "source")), f"{own}/html"):
+        assert not leaks(web.client.get(path).text), path
+    downloaded = web.client.get(f"{own}/mail.eml").content
+    for part in message_from_bytes(downloaded).walk():
+        assert not leaks((part.get_payload(decode=True) or b"").decode("utf-8", "replace"))
+    assert inbox.mails("sign.example") == inbox.mails("key=a") == []
+    assert inbox.mails("signing-link.masked") == [caught]
+    opened = inbox.open(caught.id)
+    assert "Grüße" in opened.text
+    assert opened.attachments == ("links.csv", "quote.pdf")
+    assert "it is for its signer alone" in web.client.get(own).text
+
+
+def test_other_mails_are_kept_byte_for_byte(inbox: Inbox, port: int, web: Web) -> None:
+    event = web.publish("service.notice", accounts="all")
+    mail = a_mail(X_Rolecast_Event=event)
+    mail.set_boundary("the-same-in-both")
+    send(port, mail)
+    inbox.hide(partial(history.signing_link, web.app.database))
+    send(port, mail)
+    second, first = inbox.mails()
+    assert inbox.open(first.id).raw == inbox.open(second.id).raw
+
+
+def test_a_mail_waits_while_nobody_can_say_whether_it_holds_a_signing_link(inbox: Inbox, port: int) -> None:
+    def unusable(_: str) -> None:
+        message = "the database is gone"
+        raise DatabaseUnusable(message)
+
+    inbox.hide(unusable)
+    with pytest.raises(smtplib.SMTPDataError) as refused:
+        send(port, a_mail(X_Rolecast_Event="01M8"))
+    assert refused.value.smtp_code == 451
+    assert inbox.count() == 0
+
+
+def test_up_with_an_inbox_masks_signing_links_from_the_first_mail_on(tmp_path: Path) -> None:
+    import httpx2
+
+    event = an_event("quote.issued", account="city", signing_url=SECRET)
+    signer = {"id": "s", "email": "sue@city.example", "roles": ["quote_approver"]}
+    city = {"id": "city", "catalogue": "issuetrak", "contacts": [signer]}
+    with opened(tmp_path, contents={"accounts": [city]}) as app:
+        app.intake.accept([parse_event(event)], Publisher())
+    environment = {
+        "PATH": os.environ["PATH"], "HOME": str(tmp_path), "ROLECAST_LISTEN": "127.0.0.1:0",
+        "ROLECAST_DATABASE_URL": f"sqlite:///{tmp_path / 'rolecast.db'}",
+        "ROLECAST_SENDER": "Vendor <news@vendor.example>",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "worker.cli", "up", "--inbox"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1], env=environment
+    )
+    try:
+        url = next(line for line in process.stderr if line.startswith("Inbox ")).split()[1]
+        for _ in range(600):
+            found = re.search(r'href="/inbox/(\d+)"', httpx2.get(url).text)
+            if found:
+                break
+            time.sleep(0.1)
+        source = httpx2.get(f"{url}/{found[1]}/mail.eml").content
+        assert b"X-Rolecast-Event" in source
+        bodies = [part.get_payload(decode=True) or b"" for part in message_from_bytes(source).walk()]
+        assert any(b"signing-link.masked.example" in body for body in bodies)
+        assert not any(leaks(body.decode()) for body in bodies)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)

@@ -44,6 +44,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     with opened(folder) as app, served(app) as web:
         event = web.publish("webinar.scheduled", accounts="all")
         outage = web.publish("outage.started", accounts="all")
+        body = "# One\n\n#### Two\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```\n" + "x" * 300 + "\n```"
+        notice = web.publish("service.notice", accounts="all", title="T" * 120, body=body)
+        quote = web.publish("quote.issued", account="city")
+        request = web.publish("action.requested", account="acme", action="contact_list", requested_by="c1")
         one_click = web.unsubscribe_path(event, "ada@acme.example")
         mail = EmailMessage()
         mail["From"], mail["To"], mail["Subject"] = "Vendor <news@vendor.example>", "ada@acme.example", "Hello"
@@ -54,7 +58,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
         send(port, mail)
         number = inbox.mails()[0].id
         paths = [
-            "/events", f"/events/{event}", f"/events/{outage}", "/inbox", "/inbox?q=nothing",
+            "/events", f"/events/{event}", f"/events/{outage}", f"/events/{notice}", f"/events/{quote}",
+            f"/events/{request}", "/inbox", "/inbox?q=nothing",
             *(f"/inbox/{number}?tab={tab}" for tab in ("html", "text", "headers", "source")),
             web.preferences_path("acme", "c1"), web.preferences_path("acme", "c3"), web.preferences_path("city", "p1"),
             one_click, "/preferences/nonsense", "/nonsense",

@@ -127,6 +127,23 @@ def test_a_promotional_switch_holds_for_the_address_in_every_account(web: Web) -
     assert shown(web.client.get(web.preferences_path("beta", "b1")).text)["webinar_invite"] is False
 
 
+def sentence(text: str, category: str) -> str:
+    """What the page says about a category that can be switched."""
+    return " ".join(re.search(rf'id="why-{category}">(.*?)</p>', text, re.DOTALL)[1].split())
+
+
+def test_what_is_switched_off_is_not_said_to_be_received(web: Web) -> None:
+    path = web.preferences_path("acme", "c1")
+    reach = "A change holds for your address, in all your roles and accounts."
+    before = web.client.get(path).text
+    assert sentence(before, "announcement") == "You get it as Executive contact."
+    assert sentence(before, "webinar_invite") == f"You get it as Executive contact. {reach}"
+    after = save(web, path, {"announcement": False, "webinar_invite": False}).text
+    assert sentence(after, "announcement") == "Switched off. You would get it as Executive contact."
+    assert sentence(after, "webinar_invite") == f"Switched off. You would get it as Executive contact. {reach}"
+    assert sentence(after, "corporate_communication") == "You get it as Executive contact."
+
+
 def test_an_informational_switch_is_the_contacts_own(web: Web) -> None:
     path = web.preferences_path("acme", "c1")
     save(web, path, {"announcement": False, "corporate_communication": True})
@@ -155,6 +172,8 @@ def test_an_operators_opt_out_can_be_lifted_by_the_recipient_and_a_complaint_can
     page = web.client.get(path).text
     assert "announcement" not in shown(page)
     assert "reported our mail as unwanted" in page
+    assert "What has been stopped" in page
+    assert "You get it as Executive contact. Stopped" not in page
     save(web, path, {"announcement": True, "webinar_invite": True})
     assert gets(web, "acme", "announcement") == set()
 
@@ -173,8 +192,10 @@ def test_an_invoice_copy_may_be_refused_and_the_duty_stays(web: Web) -> None:
     path = web.preferences_path("city", "p1")
     page = web.client.get(path).text
     assert shown(page)["invoice"] is True
-    assert "a copy, as Primary Contact" in page
-    save(web, path, {"invoice": False})
+    assert "You get a copy as Primary Contact." in page
+    said = save(web, path, {"invoice": False}).text
+    assert "Switched off in part. You get it as " in said
+    assert "Otherwise you would also get a copy as Primary Contact." in said
     assert rows(web) == {("primary_contact", "invoice", "recipient")}
     assert "p1" in gets(web, "city", "invoice")
 
@@ -196,7 +217,10 @@ def test_product_preferences_are_shown(web: Web) -> None:
 
 def test_a_suppressed_address_is_told_that_nothing_is_mailed_to_it(web: Web) -> None:
     change(web, Suppress("ada@acme.example", "hard_bounce", "operator:anna"))
-    assert "nothing is mailed to this address" in web.client.get(web.preferences_path("acme", "c1")).text
+    page = web.client.get(web.preferences_path("acme", "c1")).text
+    assert "nothing is mailed to this address" in page
+    assert "You get it" not in page
+    assert sentence(page, "announcement") == "You would get it as Executive contact."
 
 
 def test_the_link_of_somebody_who_is_no_longer_a_contact_leads_to_a_friendly_page(web: Web) -> None:

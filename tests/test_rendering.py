@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from tests.shared import shared
 from worker.events import TYPES
+from worker.masking import WITHHELD
 from worker.mime import assemble, prove
 from worker.rendering import (
     SIGNED,
-    WITHHELD,
     Ground,
     Mail,
     Renderer,

@@ -264,6 +264,23 @@ def test_a_dry_run_says_the_same_as_the_real_run_stores(web: Web) -> None:
     assert real == dry
 
 
+@pytest.mark.parametrize("query", ["dryrun=true", "dry-run=true", "dry_run=true&dry_run=false"])
+def test_a_misspelt_dry_run_is_refused_instead_of_published(web: Web, query: str) -> None:
+    event = an_event("service.notice", account="acme")
+    answer = web.client.post(f"/v1/events?{query}", content=json.dumps(event), headers=web.key())
+    assert answer.status_code == 422
+    assert "dry_run" in answer.json()["detail"]
+    assert stored(web) == 0
+
+
+@pytest.mark.parametrize("address", ["/healthz", "/readyz", "/metrics", "/v1/types", "/openapi.json"])
+def test_head_answers_what_get_does_without_its_body(web: Web, address: str) -> None:
+    answer = web.client.head(address)
+    assert answer.status_code == 200
+    assert answer.content == b""
+    assert web.client.head("/v1/events").status_code == 405
+
+
 def test_a_cursor_that_was_made_up_is_refused(web: Web) -> None:
     body, key = json.dumps(an_event("service.notice", account="acme")), web.key()
     for cursor in ("x", "LTEuMA", "MA", "a" * 199):

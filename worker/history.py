@@ -14,15 +14,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, func, select
+from sqlalchemy import ColumnElement, Connection, Row, Text, and_, cast, func, select
+from sqlalchemy.dialects.postgresql import JSONB
 
 from subscriptions import directory
 from subscriptions.addresses import BadAddress, normalise
+from subscriptions.database import Database
 from subscriptions.directory import ContactRow, among
-from subscriptions.schema import accounts, contacts, mailboxes
+from subscriptions.schema import accounts, catalogue_versions, contacts, mailboxes
+from worker import facts
 from worker.fanout import EventRow, event_row, unpack
 from worker.ledger import NEVER, Status
 from worker.mails import Shape, message_id, shape_of
+from worker.rendering import SIGNED
 from worker.schema import deliveries, event_accounts, events, flights, more_grounds, slices, tallies, verdict_shapes
 from worker.schema import verdicts as verdict_rows
 
@@ -40,18 +44,19 @@ def find_event(connection: Connection, reference: str, ce_id: str | None = None)
 
 
 def list_events(connection: Connection, *, limit: int = 50, before: str | None = None) -> list[dict[str, Any]]:
-    """Events, the newest first; `before` is the ULID of the last one of the page before."""
-    query = select(events).order_by(events.c.id.desc()).limit(limit)
+    """Events, the newest first, with what each is about; `before` is the ULID of the last one of the page before."""
+    columns = [*_HEAD, _said(connection).label("said")]
+    query = select(*columns).order_by(events.c.id.desc()).limit(limit)
     if before is not None:
         query = query.where(events.c.id < select(events.c.id).where(events.c.ulid == before.upper()).scalar_subquery())
     rows = connection.execute(query).all()
     totals = _totals(connection, [row.id for row in rows])
-    return [{**_described(row), "totals": totals.get(row.id, {})} for row in rows]
+    return [{**_described(row), **_about(row), "totals": totals.get(row.id, {})} for row in rows]
 
 
 def event_state(connection: Connection, event: EventRow) -> dict[str, Any]:
     """Where an event stands: what it is, how it was answered, and how many deliveries have which status."""
-    row = connection.execute(select(events).where(events.c.id == event.id)).one()
+    row = connection.execute(select(*_HEAD).where(events.c.id == event.id)).one()
     accounts_resolved = connection.execute(
         select(func.count()).select_from(verdict_rows).where(verdict_rows.c.event_id == event.id)
     ).scalar_one()
@@ -118,11 +123,78 @@ def list_deliveries(
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Audience:
+    """How many people an event was about, once it is planned."""
+
+    outcomes: Mapping[tuple[str, str | None], int]  # accounts by outcome and reason
+    contacts: int
+    recipients: int  # contacts whom it is for; one mailbox may be several of them
+    mailboxes: int
+
+    @property
+    def accounts(self) -> int:
+        """The accounts that were judged."""
+        return sum(self.outcomes.values())
+
+
+def audience(connection: Connection, event: EventRow) -> Audience:
+    """The numbers behind an event's verdicts. The database puts the packed ones together; nobody is read one by one."""
+    packed = verdict_rows.c.packed
+    joined = (
+        func.group_concat(func.hex(packed), "")
+        if connection.dialect.name == "sqlite"
+        else func.string_agg(func.encode(packed, "hex"), "")
+    )
+    rows = connection.execute(
+        select(verdict_rows.c.outcome, verdict_rows.c.reason, func.count(), joined)
+        .where(verdict_rows.c.event_id == event.id)
+        .group_by(verdict_rows.c.outcome, verdict_rows.c.reason)
+    ).all()
+    numbers = sum(len(bytes.fromhex(text or "").translate(None, _NOT_LAST)) for *_, text in rows)
+    boxes = connection.execute(select(events.c.next_n).where(events.c.id == event.id)).scalar_one() - 1
+    further = connection.execute(
+        select(func.count()).select_from(more_grounds).where(more_grounds.c.event_id == event.id)
+    ).scalar_one()
+    return Audience(
+        outcomes={(outcome, reason): count for outcome, reason, count, _ in rows},
+        contacts=numbers // 2,  # a contact and its verdict
+        recipients=boxes + further,
+        mailboxes=boxes,
+    )
+
+
+_NOT_LAST = bytes(range(128, 256))
+#: Bytes of a varint that others follow.
+
+
+def catalogues_of(connection: Connection, event: EventRow, account_ids: Iterable[str]) -> dict[str, str]:
+    """The key of the role catalogue by which each of these accounts was judged."""
+    rows = connection.execute(
+        select(accounts.c.ext, catalogue_versions.c.key)
+        .join(verdict_rows, verdict_rows.c.account_id == accounts.c.id)
+        .join(catalogue_versions, catalogue_versions.c.id == verdict_rows.c.catalogue_version)
+        .where(verdict_rows.c.event_id == event.id, among(connection, accounts.c.ext, set(account_ids)))
+    )
+    return {row.ext: row.key for row in rows}
+
+
+def signing_link(database: Database, ulid: str) -> str | None:
+    """The signing link of an event, if its type has one. Raises `DatabaseUnusable`."""
+    with database.read() as connection:
+        wanted = and_(events.c.ulid == ulid.upper(), events.c.type.in_(SIGNED))
+        payload = connection.execute(select(events.c.payload).where(wanted)).scalar()
+    link = json.loads(payload)["data"].get("signing_url") if payload else None
+    return link if isinstance(link, str) else None
+
+
 def list_verdicts(
-    connection: Connection, event: EventRow, *, after: int = 0, limit: int = 100
+    connection: Connection, event: EventRow, *, after: int = 0, limit: int = 100, contacts_limit: int | None = None
 ) -> tuple[list[dict[str, Any]], int | None]:
     """One page of the stored answers (contract, section 6), one an account, and the cursor of the next page.
 
+    With `contacts_limit` a page ends before it holds more contacts than that, but for its first account: of that one
+    so many are told, and `left_out` says how many are not.
     A broadcast that was pointed to the status page has one answer for all, which stands with the event: no page here.
     """
     rows = connection.execute(
@@ -132,8 +204,26 @@ def list_verdicts(
         .limit(limit + 1)
     ).all()
     page = rows[:limit]
-    stored = _Stored.read(connection, event, page)
-    return [stored.answer(row) for row in page], page[-1].account_id if len(rows) > limit else None
+    left_out = 0
+    if contacts_limit is not None and page:
+        page = page[: _fitting(page, contacts_limit)]
+        left_out = max(0, len(unpack(bytes(page[0].packed))) - contacts_limit)
+    first = {contact for contact, _ in unpack(bytes(page[0].packed))[:contacts_limit]} if left_out else None
+    stored = _Stored.read(connection, event, page, only=first)
+    answers = [stored.answer(row) for row in page]
+    if left_out:
+        answers[0]["left_out"] = left_out
+    return answers, page[-1].account_id if len(rows) > len(page) else None
+
+
+def _fitting(rows: Sequence[Row[Any]], contacts_limit: int) -> int:
+    """How many of the rows hold no more contacts than that; the first one counts whatever it holds."""
+    held = 0
+    for place, row in enumerate(rows):
+        held += len(unpack(bytes(row.packed)))
+        if held > contacts_limit and place:
+            return place
+    return len(rows)
 
 
 def why(connection: Connection, event: EventRow, who: str) -> list[dict[str, Any]]:
@@ -162,6 +252,35 @@ def moment(micros: int | None) -> str | None:
 
 
 # ---------------------------------------------------------------- events
+
+
+_HEAD: tuple[ColumnElement[Any], ...] = tuple(
+    column for column in events.c if column.name not in {"payload", "content_mac"}
+)
+#: An event without what was published, which may be megabytes.
+
+
+def _said(connection: Connection) -> ColumnElement[str]:
+    """An event's data as JSON without what may be long."""
+    data: ColumnElement[Any]
+    if connection.dialect.name == "sqlite":
+        data = func.json_extract(events.c.payload, "$.data")
+        return func.json_remove(data, "$.attachments", "$.body", "$.accounts", "$.lines")
+    data = func.jsonb_extract_path(cast(events.c.payload, JSONB), "data", type_=JSONB)
+    for name in ("attachments", "body", "accounts", "lines"):
+        data = data.op("-", return_type=JSONB())(cast(name, Text))
+    return cast(data, Text)
+
+
+def _about(row: Row[Any]) -> dict[str, Any]:
+    """What an event is about, and for whom: an account, a number of accounts, or all."""
+    routing = json.loads(row.routing) if row.routing else {}
+    named = routing.get("accounts")
+    return {
+        "title": facts.title(row.type, json.loads(row.said) if row.said else {}),
+        "account": routing.get("account"),
+        "accounts": len(named) if isinstance(named, list) else named,
+    }
 
 
 def _described(row: Row[Any]) -> dict[str, Any]:
@@ -329,6 +448,7 @@ class _Stored:
     named: _Named
     shapes: Mapping[int, Shape]
     mailed: Mapping[int, _Mailed]  # by contact
+    only: set[int] | None  # the contacts that are told; None = all
 
     @classmethod
     def read(
@@ -348,13 +468,15 @@ class _Stored:
         recipients = [named.contacts[contact] for contact, shape in pairs if shapes[shape].delivery is not None]
         found = connection.execute(select(events.c.status_page).where(events.c.id == event.id)).scalar_one()
         page = json.loads(found) if found else None
-        return cls(event, page, named, shapes, _mailed(connection, event, recipients))
+        return cls(event, page, named, shapes, _mailed(connection, event, recipients), only)
 
     def answer(self, row: Row[Any]) -> dict[str, Any]:
         """A verdict row as the answer of contract section 6."""
         recipients: list[dict[str, Any]] = []
         excluded: list[dict[str, Any]] = []
         for number, shape_number in unpack(bytes(row.packed)):
+            if self.only is not None and number not in self.only:
+                continue
             shape = self.shapes[shape_number]
             contact = self.named.contact(number)
             if shape.delivery is None:

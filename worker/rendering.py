@@ -19,10 +19,8 @@ from datetime import UTC, date, datetime
 from decimal import Decimal, InvalidOperation
 from email.utils import format_datetime
 from functools import lru_cache
-from html import escape
 from pathlib import Path
 from typing import Final, Literal
-from urllib.parse import quote
 from zoneinfo import ZoneInfo
 
 from jinja2 import Template, TemplateError, TemplateNotFound, pass_context
@@ -31,8 +29,10 @@ from jinja2.runtime import Context
 from jinja2.utils import concat
 from markupsafe import Markup
 
+from worker import masking
 from worker.event_fields import ATTACHMENT_TYPES, MAX_ATTACHMENT_BYTES, instant
 from worker.markdown import markdown_html
+from worker.masking import WITHHELD
 from worker.sandbox import STYLE, TemplateRefused, environment, inline_fragment, shipped_templates
 
 Variant = Literal["direct", "copy", "esign", "fallback", "approval", "contact_list"]
@@ -41,7 +41,6 @@ SUBJECT_LENGTH: Final = 200
 NAME_LENGTH: Final = 100
 OUTPUT_BUDGET: Final = 512 * 1024  # characters of one part (reliability.md A7)
 MAX_ATTACHMENTS: Final = 5
-WITHHELD: Final = "[signing link withheld]"
 PARTS: Final = ("subject.txt", "body.txt", "body.html")
 
 # The types that carry a signing link, and the variants in which each other type is mailed.
@@ -337,14 +336,7 @@ def _secret(mail: Mail) -> re.Pattern[str] | None:
     link = mail.data.get("signing_url")
     if mail.variant == "esign" or not isinstance(link, str) or not link:
         return None
-    return _link_pattern(link)
-
-
-@lru_cache(maxsize=64)
-def _link_pattern(link: str) -> re.Pattern[str]:
-    rest = (link.partition("://")[2] or link).rstrip("/")
-    spellings = dict.fromkeys((rest, escape(rest), quote(rest, safe=""), quote(rest)))
-    return re.compile(r"(?:https?(?:://|%3a%2f%2f))?(?:" + "|".join(map(re.escape, spellings)) + ")", re.IGNORECASE)
+    return masking.pattern(link)
 
 
 def _masked(value: str, secret: re.Pattern[str]) -> str | None:

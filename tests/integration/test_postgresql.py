@@ -9,7 +9,7 @@ from tests.databases import _named, _statement
 from tests.house import ACME, GLOBEX, event, house, publish
 from tests.smtpd import SmtpServer
 from tests.test_delivery import run
-from worker import ledger, migrate
+from worker import history, ledger, migrate
 
 CROWD = {
     "id": "crowd",
@@ -47,3 +47,12 @@ def test_a_broadcast_and_an_invoice_go_out_once_on_postgresql(tmp_path: Path, po
         with app.database.read() as connection:
             assert ledger.totals(connection, 1) == {"accepted": 602}
             assert ledger.totals(connection, 2) == {"accepted": 2}
+            # What pages read is written for each database of its own.
+            second, first = history.list_events(connection)
+            assert (first["accounts"], second["account"]) == ("all", "globex")
+            assert second["title"].startswith("Invoice issued: ")
+            notice = history.find_event(connection, first["event"])
+            assert notice is not None
+            audience = history.audience(connection, notice)
+            assert (audience.accounts, audience.contacts, audience.recipients) == (3, 607, 602)
+            assert history.catalogues_of(connection, notice, ["acme"]) == {"acme": "billtrust"}

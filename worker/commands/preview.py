@@ -6,14 +6,11 @@ passed around.
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import quote
 
 import typer
 
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
     from worker.rendering import Email
     from worker.settings import Settings
 
-MASKED = "https://signing-link.masked.example/"
 NO_SENDER = "No sender configured <sender@preview.example>"
 
 
@@ -179,19 +175,16 @@ def _row(app: App, settings: Settings, event: Event, place: int) -> EventRow:
 
 def _masked(email: Email, event: Event) -> Email:
     """The mail with another address in place of its signing link, however that is spelt there."""
+    from worker.masking import MASKED, mask
+
     link = event.data.get("signing_url")
-    if not isinstance(link, str) or not link:
+    if not isinstance(link, str):
         return email
-    rest = (link.partition("://")[2] or link).rstrip("/")
-    spellings = dict.fromkeys((rest, escape(rest), quote(rest, safe=""), quote(rest)))
-    pattern = re.compile(
-        r"(?:https?(?:://|%3a%2f%2f))?(?:" + "|".join(map(re.escape, spellings)) + r")/?", re.IGNORECASE
-    )
     return replace(
         email,
-        subject=pattern.sub(MASKED, email.subject),
-        text=pattern.sub(MASKED, email.text),
-        html=pattern.sub(MASKED, email.html),
+        subject=mask(email.subject, link, instead=MASKED),
+        text=mask(email.text, link, instead=MASKED),
+        html=mask(email.html, link, instead=MASKED),
     )
 
 

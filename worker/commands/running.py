@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,6 +81,7 @@ def up(
 ) -> None:
     """Run everything in one process: web side, workers, scheduler."""
     settings = settings_of(ctx, long_running=True)
+    from worker import history
     from worker.app import Engine, open_app
     from worker.web import server
     from worker.web.inbox import Inbox
@@ -91,6 +93,8 @@ def up(
             settings = replace(settings, relay_urls=(_local_relay(*caught.start()),))
             stack.callback(caught.stop)
         app = stack.enter_context(open_app(settings))
+        if caught is not None:
+            caught.hide(partial(history.signing_link, app.database))
         if not settings.relay_urls:
             say("no relay is configured: events are planned, mail waits until ROLECAST_RELAY_URLS is set")
         engine = Engine(app)

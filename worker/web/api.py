@@ -127,6 +127,7 @@ async def publish(
 ) -> Response:
     """Accept one event or a batch, all or none; with `dry_run` answer who would get what, and store nothing."""
     key = await run_in_threadpool(_key, site, request)
+    _known_parameters(request, ("dry_run", "next", "limit"))
     with _in_hand.one(key):
         batch = request.headers.get("content-type", "").lower().startswith("application/cloudevents-batch+json")
         body = await read_body(request, MAX_BATCH_BYTES if batch else MAX_EVENT_BYTES_WITH_FILES)
@@ -134,6 +135,16 @@ async def publish(
         if dry_run:
             return await run_in_threadpool(_dry_run, site, received, key.publisher, cursor, limit)
         return await run_in_threadpool(_accept, site, received, key.publisher)
+
+
+def _known_parameters(request: Request, known: Sequence[str]) -> None:
+    """A misspelt `dry_run` must not send mail. Raises `Problem` 422 for a parameter that is unknown or there twice."""
+    given = [name for name, _ in request.query_params.multi_items()]
+    for name in given:
+        if name not in known:
+            raise Problem(422, f"There is no parameter {name[:40]!r} here: there are {', '.join(known)}.")
+        if given.count(name) > 1:
+            raise Problem(422, f"The parameter {name!r} stands twice: give it once.")
 
 
 def _read(request: Request, body: bytes, key: ApiKey) -> Received:

@@ -1,9 +1,10 @@
 """A local inbox: an SMTP server on loopback that delivers nothing and keeps what it caught.
 
 It owns one SQLite file in its folder and keeps the last mails only. It loses no mail that it answered 250 while the
-machine stays up, and it is for looking, not for keeping: nothing is synced to disk. Addresses at `.test` domains
-whose local part begins with `bounce`, `tempfail` or `slow` are refused for good, refused for now, or answered late,
-so that an operator sees what Rolecast makes of it.
+machine stays up, and it is for looking, not for keeping: nothing is synced to disk. Told how to find signing links
+(`hide`), it masks them before it keeps a mail, so no page, search or file of it can show one. Addresses at `.test`
+domains whose local part begins with `bounce`, `tempfail` or `slow` are refused for good, refused for now, or answered
+late, so that an operator sees what Rolecast makes of it.
 """
 
 from __future__ import annotations
@@ -13,21 +14,28 @@ import re
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from email import message_from_bytes
 from email.errors import HeaderParseError, MessageError
-from email.header import decode_header, make_header
+from email.header import Header, decode_header, make_header
 from email.message import Message
 from pathlib import Path
 from typing import Any, Final
 
 from aiosmtpd.smtp import SMTP, Envelope, Session
 
+from subscriptions.database import DatabaseUnusable
+from worker.masking import MASKED, mask, pattern
+
 LARGEST: Final = 12 * 1024 * 1024
 #: Bytes of a mail: 5 MB of attachments grow by a third in base64.
 STOP_SECONDS: Final = 5.0
+LEFT_OUT: Final = "Left out here: this file goes with a mail that holds a signing link.\n"
+
+LinkOf = Callable[[str], str | None]
+"""From an event's ULID to its signing link, if it has one. May raise `DatabaseUnusable`."""
 
 _TABLE: Final = """
 CREATE TABLE IF NOT EXISTS mails (
@@ -86,13 +94,17 @@ class Inbox:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="inbox", daemon=True)
         self._server: asyncio.Server | None = None
-        self._protocols: set[SMTP] = set()
+        self._link_of: LinkOf | None = None
         folder.mkdir(parents=True, exist_ok=True)
         # One connection writes, on the server's thread; each reader opens its own.
         self._writer = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
         self._writer.execute("PRAGMA journal_mode=WAL")
         self._writer.execute("PRAGMA synchronous=OFF")
         self._writer.executescript(_TABLE)
+
+    def hide(self, link_of: LinkOf) -> None:
+        """Mask signing links in every mail that is caught from now on; only the demonstration goes without."""
+        self._link_of = link_of
 
     def start(self) -> tuple[str, int]:
         """Begin to catch mail on a free port of 127.0.0.1; returns host and port. Call it once."""
@@ -187,9 +199,20 @@ class Inbox:
     async def handle_DATA(self, _server: SMTP, _session: Session, envelope: Envelope) -> str:  # noqa: N802 - aiosmtpd's name
         """Keep the mail, once for each recipient."""
         raw = envelope.content if isinstance(envelope.content, bytes) else b""
+        try:
+            raw = self._without_link(raw)
+        except DatabaseUnusable:
+            return "451 4.3.0 the ledger can't be asked now whether this mail holds a signing link"
         for recipient in envelope.rcpt_tos:
             self._keep(envelope.mail_from or "", recipient, raw)
         return "250 2.0.0 caught"
+
+    def _without_link(self, raw: bytes) -> bytes:
+        if self._link_of is None:
+            return raw
+        event = str(message_from_bytes(raw)["x-rolecast-event"] or "").strip()
+        link = self._link_of(event) if event else None
+        return masked(raw, link) if link else raw
 
     def _keep(self, envelope_from: str, recipient: str, raw: bytes) -> None:
         message = message_from_bytes(raw)
@@ -213,6 +236,24 @@ def fault_of(address: str) -> str | None:
     if not domain.endswith(".test"):
         return None
     return next((fault for fault in ("bounce", "tempfail", "slow") if local.startswith(fault)), None)
+
+
+def masked(raw: bytes, link: str) -> bytes:
+    """A mail with the link masked in its headers and texts; files that can't be looked through are left out."""
+    message = message_from_bytes(raw)
+    for part in message.walk():
+        for name, value in part.items():
+            if pattern(link).search(decoded(value)):
+                part.replace_header(name, Header(mask(decoded(value), link), "utf-8").encode())
+        if part.is_multipart():
+            continue
+        text = mask(_content(part), link, instead=MASKED) if part.get_content_maintype() == "text" else LEFT_OUT
+        del part["Content-Transfer-Encoding"]
+        part["Content-Transfer-Encoding"] = "8bit"
+        if part.get_content_maintype() == "text":
+            part.set_param("charset", "utf-8")
+        part.set_payload(text.encode().decode("ascii", "surrogateescape"))
+    return re.sub(rb"\r?\n", b"\r\n", message.as_bytes())
 
 
 def decoded(value: Any) -> str:

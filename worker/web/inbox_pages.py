@@ -1,7 +1,7 @@
 """The pages of the local inbox: each caught mail as HTML, text, headers and source, in two widths, light and dark.
 
 The HTML of a mail is never part of our page: it has an address of its own, a content security policy without scripts,
-remote images or forms, and stands in a sandboxed frame.
+remote images or forms, and stands in a sandboxed frame. Signing links were masked when the mail was caught.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import HTMLResponse, Response
 
 from worker.history import moment
+from worker.masking import MASKED
 from worker.settings import is_loopback
 from worker.web.events_page import refused
 from worker.web.inbox import Inbox, Opened
@@ -140,6 +141,7 @@ def _shown(
         tab=tab,
         width=width,
         scheme=scheme,
+        masked=MASKED in mail.text + mail.html,
         can_unsubscribe=one_click_path(mail, site.app.settings.public_url) is not None,
         said=said,
         error=error,

@@ -41,10 +41,10 @@ router = APIRouter(include_in_schema=False)
 FORM_BYTES: Final = 16 * 1024
 
 _MODES: Final[Mapping[str, str]] = {
-    "direct": "as {role}",
-    "copy": "a copy, as {role}",
-    "esign": "for your signature, as {role}",
-    "fallback": "as {role}, only while nobody who is {watched} can be reached",
+    "direct": "{verb} it as {roles}.",
+    "copy": "{verb} a copy as {roles}.",
+    "esign": "{verb} it to sign, as {roles}.",
+    "fallback": "{verb} it as {roles}, but only while nobody who is {watched} can be reached.",
 }
 
 
@@ -57,10 +57,10 @@ class Kind:
 
     key: str
     title: str
-    why: tuple[str, ...]  # one for each role that brings it
+    says: str  # what the contact gets or would get, by which role, and how far a switch reaches
     on: bool
     switchable: bool
-    note: str  # how far a switch reaches, or who stopped it; empty where there is nothing to say
+    stopped: bool  # by a complaint: this page can't switch it
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,36 +137,54 @@ def _kind(
     category: Category,
     entries: Mapping[str, Receives],
 ) -> Kind:
-    titles = {role: catalogue.roles[role].title for role in entries}
     optional = [role for role, entry in entries.items() if entry.opt_out]
-    always = [role for role in entries if role not in optional]
     complained = me.email in account.complained and category.class_ in OPT_OUT_CLASSES
     everywhere = category.class_ == "promotional"
-    if everywhere:
-        stopped = (me.email, category.key) in account.opted_out or any(key == category.key for _, key in me.opt_outs)
-    else:
-        stopped = bool(optional) and all((role, category.key) in me.opt_outs for role in optional)
     if complained:
-        note = "Stopped, because you reported our mail as unwanted. Write to us if you want it again."
-    elif always and optional and not everywhere:
-        note = f"You can stop what you get as {_joined(titles[role] for role in optional)} only."
+        off = set(entries)
     elif everywhere:
-        note = "A change holds for your address, in all your roles and accounts."
+        stopped = (me.email, category.key) in account.opted_out or any(key == category.key for _, key in me.opt_outs)
+        off = set(entries) if stopped else set()
     else:
-        note = ""
+        off = {role for role in optional if (role, category.key) in me.opt_outs}
+    got = {role: entry for role, entry in entries.items() if role not in off}
+    missed = {role: entry for role, entry in entries.items() if role in off}
+    says = list(_gets(catalogue, got, "You would get" if me.email in account.suppressed else "You get"))
+    if missed:
+        says.insert(0, _why_off(complained=complained, partly=bool(got)))
+        says += _gets(catalogue, missed, "Otherwise you would also get" if got else "You would get")
+    elif optional and len(optional) < len(got) and not everywhere:
+        says.append(f"You can stop what you get as {_titles(catalogue, optional)} only.")
+    if everywhere and optional and not complained:
+        says.append("A change holds for your address, in all your roles and accounts.")
     return Kind(
         key=category.key,
         title=category.title.partition(" (")[0],
-        why=tuple(_why(catalogue, titles[role], entry) for role, entry in entries.items()),
-        on=not (stopped or complained),
+        says=" ".join(says),
+        on=not (missed and (complained or everywhere or off.issuperset(optional))),
         switchable=bool(optional) and not complained,
-        note=note,
+        stopped=complained,
     )
 
 
-def _why(catalogue: Catalogue, title: str, entry: Receives) -> str:
-    watched = catalogue.roles[entry.when_unreachable].title if entry.when_unreachable else ""
-    return _MODES[entry.mode].format(role=title, watched=watched)
+def _why_off(*, complained: bool, partly: bool) -> str:
+    if complained:
+        return "Stopped, because you reported our mail as unwanted. Write to us if you want it again."
+    return "Switched off in part." if partly else "Switched off."
+
+
+def _gets(catalogue: Catalogue, entries: Mapping[str, Receives], verb: str) -> Iterable[str]:
+    """One sentence for each way in which roles bring a category."""
+    ways: dict[tuple[str, str], list[str]] = {}
+    for role, entry in entries.items():
+        watched = catalogue.roles[entry.when_unreachable].title if entry.when_unreachable else ""
+        ways.setdefault((entry.mode, watched), []).append(role)
+    for (mode, watched), roles in ways.items():
+        yield _MODES[mode].format(verb=verb, roles=_titles(catalogue, roles), watched=watched)
+
+
+def _titles(catalogue: Catalogue, roles: Iterable[str]) -> str:
+    return _joined(catalogue.roles[role].title for role in roles)
 
 
 def _joined(titles: Iterable[str]) -> str:

@@ -69,8 +69,13 @@ class Door:
             return
         request = Request(scope)
         path = scope["path"]
+        head = scope["method"] == "HEAD"
+        if head:  # what GET answers, without its body: link checkers and load balancers ask so
+            scope = {**scope, "method": "GET"}
 
         async def guarded(message: Message) -> None:
+            if head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["X-Content-Type-Options"] = "nosniff"

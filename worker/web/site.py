@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, date, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,8 +106,13 @@ class Site:
 
 
 def when(text: str | None) -> str:
-    """An RFC 3339 time as people read it: `21 Nov 2026, 10:00:05 UTC`; nothing for none."""
-    return f"{datetime.fromisoformat(text):%-d %b %Y, %H:%M:%S} UTC" if text else ""
+    """An RFC 3339 time as people read it: `21 Nov 2026, 10:00:05 UTC`, a date likewise; text that is neither stays."""
+    try:
+        if text and len(text) == len("2026-11-21"):
+            return f"{date.fromisoformat(text):%-d %b %Y}"
+        return f"{datetime.fromisoformat(text.upper()).astimezone(UTC):%-d %b %Y, %H:%M:%S} UTC" if text else ""
+    except (ValueError, OverflowError):
+        return text or ""
 
 
 def day(text: str | None) -> str:
