@@ -153,7 +153,8 @@ def _translated(url: str) -> Iterator[None]:
     except OperationalError as error:
         raise DatabaseUnusable(_sentence(url, error)) from error
     except DatabaseError as error:
-        if isinstance(error.orig, sqlite3.DatabaseError) and "not a database" in str(error.orig):
+        said = str(error.orig)
+        if isinstance(error.orig, sqlite3.DatabaseError) and ("not a database" in said or "malformed" in said):
             raise DatabaseUnusable(_sentence(url, error)) from error
         raise
 
@@ -174,6 +175,7 @@ _REMEDIES = (
     ("unable to open", "check the path and the rights of its folder"),
     ("locked", "another process holds it for long: try again"),
     ("not a database", "database_url must name a SQLite file that Rolecast made, or a new path"),
+    ("malformed", "the file is damaged: restore a backup, or save what is left with `sqlite3 FILE .recover`"),
     ("no such table", "run `rolecast db upgrade`"),
     ("does not exist", "create it, or run `rolecast db upgrade`"),
     ("onnection", "start the server, or correct database_url"),

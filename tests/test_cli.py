@@ -9,11 +9,13 @@ import importlib
 import json
 import logging
 import os
+import pty
 import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -90,9 +92,8 @@ def process(*words, **options):
     """A process of its own; its environment is ours without ROLECAST_*."""
     environment = os.environ | {"PYTHONPATH": str(PROJECT)} | options.pop("env", {})
     command = [sys.executable, "-m", "worker.cli", *map(str, words)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, **streams | options)
 
 
 # ---------------------------------------------------------------- the root
@@ -273,6 +274,31 @@ def test_pruning_needs_a_yes_where_nobody_can_be_asked(rolecast, folder, directo
     assert [one["id"] for one in json.loads(rolecast("accounts", "list", "--json").stdout)["accounts"]] == ["acme"]
 
 
+def test_the_question_of_a_prune_stands_alone_on_the_terminal(rolecast, folder, directory):
+    written(folder / "other.json", {"accounts": [ACME | {"id": "new"}]})
+    number, terminal = pty.fork()
+    if not number:
+        environment = os.environ | {"PYTHONPATH": str(PROJECT), "TERM": "xterm"}
+        os.execve(  # our own command, on a terminal
+            sys.executable,
+            [sys.executable, "-m", "worker.cli", "accounts", "import", "other.json", "--prune"],
+            environment,
+        )
+    shown = b""
+    while b"[y/N]:" not in shown:
+        shown += os.read(terminal, 65_536)
+    time.sleep(0.5)
+    os.write(terminal, b"n\n")
+    with suppress(OSError):  # the end of a terminal
+        while part := os.read(terminal, 65_536):
+            shown += part
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == 1
+    after = shown.partition(b"[y/N]:")[2]
+    assert b"nothing was imported" in after
+    assert b"checking" not in after
+
+
 def test_an_export_is_imported_again_without_a_difference(rolecast, folder, directory):
     for words in ([], ["--lines"]):
         assert rolecast("accounts", "export", "--out", "out.json", *words).exit_code == 0
@@ -336,6 +362,42 @@ def test_a_file_that_is_no_database_and_a_folder_that_is_not_there_are_told_in_a
     (folder / "rolecast.db").write_text("Dear diary, " * 100, encoding="utf-8")
     refused(rolecast("events", "list"), 1, "not a database")
     refused(rolecast("events", "list", database_url="sqlite:///none/rolecast.db"), 1, "none")
+
+
+def test_a_damaged_database_is_told_in_a_sentence_with_the_remedy(rolecast, folder, directory):
+    file = folder / "rolecast.db"
+    for beside in folder.glob("rolecast.db-*"):
+        beside.unlink()
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    refused(rolecast("accounts", "list"), 1, "malformed", "restore a backup")
+
+
+def test_a_catalogue_that_accounts_use_but_the_settings_do_not_name_stops_every_command(rolecast, folder, directory):
+    written(folder / "event.json", INVOICE)
+    for words in (["publish", "event.json"], ["explain", "event.json"], ["preview", "event.json"], ["up"]):
+        refused(rolecast(*words, catalogues="issuetrak"), 2, "'billtrust'", "ROLECAST_CATALOGUES")
+    assert "'billtrust'" in rolecast("doctor", catalogues="issuetrak").stdout
+    assert accepted(rolecast) == []
+
+
+@pytest.mark.parametrize("words", ["types list", "--help", "config show --json"])
+def test_data_that_cannot_be_written_ends_with_one_and_a_sentence(folder, words):
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        writing = process(*words.split(), cwd=folder, stdout=full)
+        _, said = writing.communicate(timeout=30)
+    assert writing.returncode == 1
+    assert said.startswith("rolecast: ")
+    assert "free space" in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_a_command_whose_output_was_closed_works_all_the_same(folder):
+    command = f'exec "{sys.executable}" -m worker.cli events list >&-'
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    ended = subprocess.run(["sh", "-c", command], cwd=folder, env=environment, capture_output=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == b""
+    assert (folder / "rolecast.db").read_bytes().startswith(b"SQLite format 3")
 
 
 def test_a_server_that_cannot_be_reached_ends_with_sixty_nine(rolecast):

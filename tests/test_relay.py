@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import socket
 import ssl
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -376,6 +379,21 @@ def test_a_certificate_of_an_unknown_authority_is_told_to_a_person(authority: tr
     ):
         send(server.relay(tls="required"), mail())
     assert "MAIL" not in server.verbs()
+
+
+def test_a_port_that_speaks_no_tls_is_told_as_such() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        threading.Thread(target=_greet, args=(listener,), daemon=True).start()
+        plain = SmtpServer(implicit_tls=True, port=listener.getsockname()[1]).relay(tls="required")
+        with pytest.raises(RelayMisconfigured, match="speaks no TLS on this port"):
+            send(plain, mail())
+
+
+def _greet(listener: socket.socket) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.sendall(b"220 relay.test ESMTP\r\n")
+        connection.recv(4096)
 
 
 @pytest.mark.usefixtures("trusted")

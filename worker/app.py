@@ -18,8 +18,10 @@ from typing import Any
 
 import dramatiq
 from dramatiq.broker import Broker
+from sqlalchemy import select
 
-from subscriptions.catalogue import Catalogue, load_catalogues
+from subscriptions import schema
+from subscriptions.catalogue import Catalogue, CatalogueError, load_catalogues
 from subscriptions.database import Clock, Database, system_clock
 from worker import actors, ledger, logs, migrate
 from worker.broker import QUEUES, Loop, make_broker
@@ -86,6 +88,7 @@ def open_app(settings: Settings, *, clock: Clock = system_clock, migrates: bool 
     database = Database(settings.database_url)
     try:
         migrate.prepare(database, clock=clock, migrates=migrates)
+        require_catalogues(database, catalogues)
         planner = Planner(catalogues, settings.delivery, settings.team)
         status_page = StatusPage(
             url=settings.status_page_url,
@@ -99,6 +102,18 @@ def open_app(settings: Settings, *, clock: Clock = system_clock, migrates: bool 
         yield App(settings, database, catalogues, planner, feed, intake, clock)
     finally:
         database.close()
+
+
+def require_catalogues(database: Database, catalogues: Mapping[str, Catalogue]) -> None:
+    """Every account's catalogue must be there. Raises `CatalogueError`."""
+    accounts = schema.accounts
+    query = select(accounts.c.catalogue).where(accounts.c.removed_at.is_(None)).distinct()
+    with database.read() as connection:
+        missing = sorted(set(connection.execute(query).scalars()) - set(catalogues))
+    if missing:
+        known = ", ".join(catalogues)
+        message = f"Accounts use the catalogue {missing[0]!r}, but ROLECAST_CATALOGUES gives {known}: add it there."
+        raise CatalogueError(message)
 
 
 @dataclass(slots=True)
@@ -129,7 +144,8 @@ class Engine:
             self._lock = WorkLock(database)
             if not self._lock.take():
                 holder = self._lock.holder()
-                message = f"another process works on this database already{f' (process {holder})' if holder else ''}"
+                named = f" (process {holder})" if holder else ""
+                message = f"another process works on this database already{named}: stop it, or leave the work to it"
                 raise AnotherWorks(message)
         with database.write() as connection:
             self.number = ledger.register(

@@ -6,6 +6,7 @@ when they run, so that `rolecast --help` stays fast.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from contextlib import suppress
@@ -53,9 +54,7 @@ class Root(TyperGroup):
             self._end(stop.code, *stop.sentences)
         except KeyboardInterrupt:
             self._end(Exit.INTERRUPTED, "interrupted")
-        except BrokenPipeError:
-            # Whoever read our data has gone; what Python flushes at the end must not complain.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        except BrokenPipeError:  # whoever read our data has gone
             self._end(Exit.FAILED)
         except Exception as error:
             code = code_of(error)
@@ -94,10 +93,14 @@ def _unreachable(cause: BaseException | None) -> bool:
     return state is None or state[:2] in {"08", "28", "3D", "57"}
 
 
+_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+
+
 def sentences_of(error: BaseException) -> tuple[str, ...]:
     """What a failure says to the user."""
     if isinstance(error, OSError):
-        return (f"{error.filename or 'the system'}: {error.strerror or error}",)
+        remedy = ": free space there, or raise the limit, then run the command again" if error.errno in _FULL else ""
+        return (f"{error.filename or 'what was being written'}: {error.strerror or error}{remedy}",)
     faults = getattr(error, "faults", ())
     if len(faults) > 1:
         name = f"{error.name}, " if hasattr(error, "name") else ""
@@ -168,10 +171,26 @@ for _name, _group in (
 
 def main() -> None:
     """Run the command of the process's arguments, and end the process with its exit code."""
+    for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:  # closed by whoever started us: a file of ours must not get its number
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if number else "r"))
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # something else was put in their place
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    app()
+    code: Any = None
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code
+    except OSError as error:  # of the help, which is written before there is a command
+        code = Exit.FAILED
+        say(f"rolecast: {sentences_of(error)[0]}")
+    try:
+        sys.stdout.flush()
+    except OSError:  # the data did not arrive; what Python flushes at its end must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = code or Exit.FAILED
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -98,15 +98,15 @@ def _database(settings: Settings) -> Iterator[Check]:
     try:
         database = Database(settings.database_url)
         try:
-            yield from _opened_database(database)
+            yield from _opened_database(database, settings)
         finally:
             database.close()
     except DatabaseUnusable as error:
         yield Check("database", "finding", str(error))
 
 
-def _opened_database(database: Database) -> Iterator[Check]:
-    from worker import migrate
+def _opened_database(database: Database, settings: Settings) -> Iterator[Check]:
+    from worker import app, migrate
 
     if database.path is not None:
         free = shutil.disk_usage(database.path.parent).free
@@ -124,6 +124,10 @@ def _opened_database(database: Database) -> Iterator[Check]:
     _try_to_write(database)
     yield Check("database", "ok", f"{database.dialect}, at the code's schema, writable")
     yield from _pauses(database)
+    try:
+        app.require_catalogues(database, load_catalogues(settings.catalogues))
+    except CatalogueError as error:
+        yield Check("catalogues", "finding", str(error))
 
 
 def _try_to_write(database: Database) -> None:

@@ -266,7 +266,7 @@ class Intake:
     def _one_account(self, connection: Connection, event: Event, publisher: Publisher) -> tuple[AccountFacts, Verdicts]:
         account = directory.account(connection, self.planner.catalogues, event.account or "")
         if account is None:
-            message = f"data.account is {event.account!r}, which the directory does not have: import it first"
+            message = f'"account" is {event.account!r}, which the directory does not have: import it first'
             raise _Fault("invalid", "/data/account", message)
         facts = event_facts(event.type.category, event.data, event.products, attested=publisher.attests)
         verdict = resolve(self.planner.catalogues[account.catalogue], account, facts)
@@ -290,7 +290,7 @@ class Intake:
             found.update((row.ext, row.id) for row in rows)
         for position, ext in enumerate(wanted):
             if ext not in found:
-                message = f"data.accounts names {ext!r}, which the directory does not have: import it first"
+                message = f'"accounts" names {ext!r}, which the directory does not have: import it first'
                 raise _Fault("invalid", f"/data/accounts/{position}", message)
         return found
 

@@ -599,6 +599,11 @@ def _paused(connection: Connection) -> ColumnElement[bool]:
     return or_(events.c["class"].in_(classes), events.c.ulid.in_(ulids))
 
 
+def pauses_stand(connection: Connection) -> bool:
+    """Whether anything is paused."""
+    return connection.execute(select(pauses.c.scope).limit(1)).first() is not None
+
+
 def paused_relays(connection: Connection) -> set[str]:
     """The names of the relays that are paused."""
     return set(connection.execute(select(pauses.c.value).where(pauses.c.scope == "relay")).scalars())

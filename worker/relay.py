@@ -613,6 +613,9 @@ def _translate(name: str, settings: RelaySettings, error: Exception) -> NoReturn
     if isinstance(error, aiosmtplib.SMTPAuthenticationError) or code in {530, 534, 535, 538}:
         message = f"the relay {name} refused the user or password ({said}): correct them in ROLECAST_RELAY_URLS"
         raise RelayMisconfigured(message) from error
+    if "WRONG_VERSION_NUMBER" in said:
+        message = f"the relay {name} speaks no TLS on this port ({said}): use smtp:// for STARTTLS, or correct the port"
+        raise RelayMisconfigured(message) from error
     if isinstance(error, ssl.SSLError) or isinstance(error.__cause__, ssl.SSLError) or "certificate" in said.lower():
         message = f"the relay {name} has no certificate that this machine trusts ({said}): correct the host name or it"
         raise RelayMisconfigured(message) from error

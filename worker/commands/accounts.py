@@ -49,30 +49,28 @@ def import_(
     json: Json = False,
 ) -> None:
     """Import accounts, all or nothing; says what it adds, changes and removes."""
-    with opened(ctx) as installation, _input(file) as (stream, size):
+    with opened(ctx) as installation, _input(file) as (stream, size), ExitStack() as stack:
         from subscriptions import transfer
 
-        with (
-            progress("checking") as tell,
-            transfer.checked(
-                stream, catalogues=installation.catalogues, name=file, size=size, progress=tell
-            ) as document,
-        ):
-            if dry_run:
-                difference = _planned(installation, document, prune=prune)
-            else:
-                if prune and not yes:
-                    _ask(_planned(installation, document, prune=True))
-                with progress("importing") as told:
-                    difference = transfer.run_import(
-                        installation.database,
-                        document,
-                        catalogues=installation.catalogues,
-                        now=installation.clock(),
-                        prune=prune,
-                        progress=told,
-                    )
-            size_of = f"{counted(document.accounts, 'account')}, {counted(document.contacts, 'contact')}"
+        with progress("checking") as tell:  # ends before a question is asked: it would be drawn over it
+            document = stack.enter_context(
+                transfer.checked(stream, catalogues=installation.catalogues, name=file, size=size, progress=tell)
+            )
+        if dry_run:
+            difference = _planned(installation, document, prune=prune)
+        else:
+            if prune and not yes:
+                _ask(_planned(installation, document, prune=True))
+            with progress("importing") as told:
+                difference = transfer.run_import(
+                    installation.database,
+                    document,
+                    catalogues=installation.catalogues,
+                    now=installation.clock(),
+                    prune=prune,
+                    progress=told,
+                )
+        size_of = f"{counted(document.accounts, 'account')}, {counted(document.contacts, 'contact')}"
     if json:
         print_json({"dry_run": dry_run, **difference.to_json()})
     else:

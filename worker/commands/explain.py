@@ -183,7 +183,7 @@ def _answer(
                 else:
                     _report(found)
     if not answers:
-        say("no account is concerned: the directory is empty")
+        say("no account is concerned: there are no events, or no accounts in the directory")
 
 
 def _report(found: Mapping[str, Any]) -> None:

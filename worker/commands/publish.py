@@ -183,7 +183,7 @@ def _working(app: App) -> Iterator[Callable[[list[int], float | None, Callable[[
     try:
         engine.start()
     except AnotherWorks as other:
-        say(f"{other}: watching it")
+        say(f"{other}; this command watches it")
         engine = Engine(app)  # never started: it only looks
 
         def watch(numbers: list[int], seconds: float | None, look: Callable[[], None]) -> bool:
@@ -206,6 +206,8 @@ _WAITS = {
 
 def _end(app: App, totals: dict[str, int], waiting: dict[str, int]) -> None:
     """The exit code that the totals ask for, with the reason why something waits."""
+    from worker import ledger
+
     owed = totals.get("planned", 0) + totals.get("sending", 0)
     for reason, count in waiting.items():
         say(f"{counted(count, 'mail')} waiting: {_WAITS.get(reason, f'{reason}, it is tried again by itself')}")
@@ -213,7 +215,10 @@ def _end(app: App, totals: dict[str, int], waiting: dict[str, int]) -> None:
     if rest > 0 and not app.settings.relay_urls:
         say(f"{counted(rest, 'mail')} waiting: no relay is configured, set ROLECAST_RELAY_URLS")
     elif rest > 0:
-        say(f"{counted(rest, 'mail')} waiting: no relay could be used, or the time was over; a worker goes on with it")
+        with app.database.read() as connection:
+            pause = "a pause stands (`rolecast resume` ends it), " if ledger.pauses_stand(connection) else ""
+        why = f"{pause}no relay could be used, or the time was over; a worker goes on with it"
+        say(f"{counted(rest, 'mail')} waiting: {why}")
     if totals.get("held"):
         say(f"{counted(totals['held'], 'mail')} held: a person decides, see `rolecast deliveries list EVENT`")
     if totals.get("failed"):
