@@ -57,10 +57,14 @@ def trimmed(text: str) -> str:
 
 
 def _is_plain(trimmed: str) -> bool:
-    return len(trimmed) <= _PLAIN_LENGTH and _PLAIN.match(trimmed) is not None
+    return len(trimmed) <= _PLAIN_LENGTH and "=?" not in trimmed and _PLAIN.match(trimmed) is not None
 
 
 def _normalise_by_library(trimmed: str) -> str:
+    if "=?" in trimmed:  # some readers of headers would decode it into something else (reliability.md A2)
+        raise BadAddress(
+            f"{_shown(trimmed)} holds =?, which begins an encoded word in a mail: write the plain address."
+        )
     checked = _check(trimmed)
     _refuse_folding_domain(trimmed, checked)
     local = unicodedata.normalize("NFC", checked.local_part.lower())

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, quote
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DatabaseError, OperationalError
@@ -99,15 +100,28 @@ def _sqlite_path(url: str) -> Path:
     return path
 
 
+def _sqlite_options(url: str) -> dict[str, str]:
+    """What stands behind the `?`: `mode=ro` opens for reading alone, `max_page_count=N` bounds the file."""
+    options = dict(parse_qsl(url.partition("?")[2], keep_blank_values=True))
+    good = options.get("mode", "ro") in {"ro", "rw"} and options.get("max_page_count", "1").isdecimal()
+    if set(options) - {"mode", "max_page_count"} or not good:
+        message = (
+            f"database_url {url!r} has an option that Rolecast does not know: there are mode=ro and max_page_count=N"
+        )
+        raise DatabaseUnusable(message)
+    return options
+
+
 def _sqlite_engine(url: str) -> Engine:
-    location = url.removeprefix("sqlite:///")
-    uri = f"file:{location}" if "?" in location else None
+    options = _sqlite_options(url)
+    path = url.removeprefix("sqlite:///").partition("?")[0]
+    read_only = options.get("mode") == "ro"
 
     def connect() -> sqlite3.Connection:
         # check_same_thread: the pool hands a connection to one thread at a time.
         return sqlite3.connect(
-            uri or location,
-            uri=uri is not None,
+            f"file:{quote(path)}?mode={options['mode']}" if "mode" in options else path,
+            uri="mode" in options,
             timeout=BUSY_SECONDS,
             isolation_level=None,
             check_same_thread=False,
@@ -120,8 +134,10 @@ def _sqlite_engine(url: str) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _prepare(raw: sqlite3.Connection, _record: Any) -> None:
-        if uri is None or "mode=ro" not in uri:
+        if not read_only:
             raw.execute("PRAGMA journal_mode=WAL")
+        if "max_page_count" in options:
+            raw.execute(f"PRAGMA max_page_count={int(options['max_page_count'])}")
         # FULL: a commit survives the loss of power, not only of the process (reliability.md 1.2).
         raw.execute("PRAGMA synchronous=FULL")
         raw.execute("PRAGMA foreign_keys=ON")

@@ -188,3 +188,9 @@ def test_a_hundred_thousand_plain_addresses_are_normalised_within_a_second():
     for number in range(100_000):
         normalise(f"Ada.Lovelace{number}@acme-{number % 97}.example")
     assert time.perf_counter() - started < 1
+
+
+def test_an_address_that_looks_like_an_encoded_word_is_refused() -> None:
+    for address in ("=?utf-8?q?x?=@acme.example", "a=?b@acme.example"):
+        with pytest.raises(BadAddress, match="encoded word"):
+            normalise(address)

@@ -781,3 +781,7 @@ def test_events_are_listed_and_shown(rolecast, folder, directory):
     shown = rolecast("events", "show", found[0]["event"])
     assert "status: sending" in shown.stdout
     assert all(first >= second for first, second in pairwise(one["accepted_at"] for one in found))
+
+
+def test_a_worker_says_at_once_that_its_queues_server_cannot_be_reached(rolecast, directory):
+    refused(rolecast("work", "--until-idle", broker_url="redis://127.0.0.1:1/0"), 69, "can't be reached", "start it")

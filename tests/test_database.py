@@ -182,3 +182,23 @@ def test_nothing_is_opened_before_the_first_transaction(tmp_path: Path) -> None:
 
 def test_the_clock_tells_microseconds() -> None:
     assert abs(system_clock() - time.time() * 1_000_000) < 5_000_000
+
+
+@pytest.mark.parametrize("option", ["foo=1", "mdoe=ro", "mode=rwc", "max_page_count=many"])
+def test_an_option_that_nobody_knows_is_refused(option: str, tmp_path: Path) -> None:
+    with pytest.raises(DatabaseUnusable, match="mode=ro and max_page_count=N"):
+        Database(f"sqlite:///{tmp_path / 'rolecast.db'}?{option}")
+
+
+def test_a_database_that_may_not_grow_says_so_and_keeps_what_it_has(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'rolecast.db'}"
+    small = Database(url)
+    with small.write() as connection:
+        connection.execute(text("CREATE TABLE t (a TEXT)"))
+    small.close()
+    bounded = Database(url + "?max_page_count=3")
+    with pytest.raises(DatabaseUnusable, match="full.*free space"), bounded.write() as connection:
+        connection.execute(text("INSERT INTO t VALUES (zeroblob(100000))"))
+    with bounded.read() as connection:
+        assert connection.execute(text("SELECT count(*) FROM t")).scalar_one() == 0
+    bounded.close()

@@ -409,7 +409,7 @@ def test_a_mail_that_may_be_opted_out_of_waits_while_its_link_could_not_work(
         assert states(app, 1) == {"accepted": 2}
 
 
-def test_a_template_that_cannot_be_rendered_fails_its_own_mails_alone(tmp_path: Path, server: SmtpServer) -> None:
+def test_a_template_that_cannot_be_rendered_holds_its_own_mails_alone(tmp_path: Path, server: SmtpServer) -> None:
     own = tmp_path / "own" / "file.failed"
     own.mkdir(parents=True)
     (own / "body.txt").write_text("{{ data.no_such_thing }}")
@@ -418,7 +418,7 @@ def test_a_template_that_cannot_be_rendered_fails_its_own_mails_alone(tmp_path: 
         run(app)
         assert [mail.recipient for mail in server.accepted] == ["cy@acme.example"]
         assert rows(app, deliveries.c.status, deliveries.c.reason) == [
-            (ledger.Status.FAILED, "cannot_be_rendered"),
+            (ledger.Status.HELD, "cannot_be_rendered"),
             (ledger.Status.ACCEPTED, None),
         ]
 

@@ -125,6 +125,16 @@ def redis_client(url: str) -> Any:
     )
 
 
+def ping(url: str) -> None:
+    """Ask the server of `redis://...` whether it is there. Raises `redis.RedisError`; `memory://` always is."""
+    if url != "memory://":
+        client = redis_client(url)
+        try:
+            client.ping()
+        finally:
+            client.close()
+
+
 def enqueue(broker: Broker, lane: Lane, slice_ids: Sequence[int]) -> None:
     """Put slices into the queue of a lane, on Redis all in one round trip. Raises `redis.RedisError`."""
     messages: list[dramatiq.Message[None]] = [

@@ -406,10 +406,8 @@ class _Mails:
             try:
                 envelope = self._envelope(due, people)
             except (RenderError, mime.MimeError) as error:
-                logger.error(
-                    "delivery.failed", event_id=self.work.event.ulid, n=due.n, why=str(error), what_next="nothing"
-                )
-                self._settle(due, Status.FAILED, "cannot_be_rendered", reply=str(error))
+                logger.error("mail.unrenderable", event_id=self.work.event.ulid, n=due.n, why=str(error))
+                self._settle(due, Status.HELD, "cannot_be_rendered", reply=str(error))
                 continue
             self._flown.append(due)
             yield envelope

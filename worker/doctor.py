@@ -281,7 +281,8 @@ def _shown(value: Any) -> str | None:
         case (str() as host, int() as port):
             return f"{host}:{port}"
         case tuple():
-            return " ".join(_relay_url(one) if isinstance(one, RelaySettings) else _listed(one) for one in value)
+            relays = isinstance(value[0], RelaySettings)
+            return " ".join(map(_relay_url, value)) if relays else ",".join(map(_listed, value))
         case Path():
             return str(value)
         case _:

@@ -24,6 +24,7 @@ EVENT_NAMES = frozenset(
         "delivery.failed",
         "delivery.deferred",
         "delivery.held",
+        "mail.unrenderable",
         "relay.connected",
         "relay.unusable",
         "worker.started",

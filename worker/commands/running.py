@@ -45,8 +45,15 @@ def work(
     if processes > 1:
         message = f"--processes {processes}: this version starts one process; run `rolecast work` {processes} times"
         raise Stop(Exit.USAGE, message)
-    from worker.app import Engine, open_app
+    from redis import RedisError
 
+    from worker.app import Engine, open_app
+    from worker.broker import ping
+
+    try:
+        ping(settings.broker_url)
+    except RedisError as error:
+        raise Stop(Exit.UNREACHABLE, f"the queue's server can't be reached ({error}): start it, then this") from error
     with open_app(settings) as app, stopped_by_signals() as stop:
         if not settings.relay_urls:
             say("no relay is configured: events are planned, mail waits until ROLECAST_RELAY_URLS is set")

@@ -122,6 +122,7 @@ def _listener(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(2048)  # the URL that is printed next can be called at once
     except OSError as error:
         listener.close()
         message = f"can't listen on {host}:{port} ({error.strerror or error}): name another in ROLECAST_LISTEN"
