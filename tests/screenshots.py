@@ -72,7 +72,7 @@ def main() -> None:
             executable_path=chromium,
             args=["--no-sandbox", "--disable-background-networking", "--disable-dev-shm-usage"],
         )
-        events = opened(browser, pages["events"], height=900)
+        events = opened(browser, pages["events"], height=1280)
         events.get_by_role("link", name="Invoice issued").last.click()
         events.wait_for_load_state("networkidle")
         take(events, "event")

@@ -197,7 +197,7 @@ def test_a_database_that_may_not_grow_says_so_and_keeps_what_it_has(tmp_path: Pa
         connection.execute(text("CREATE TABLE t (a TEXT)"))
     small.close()
     bounded = Database(url + "?max_page_count=3")
-    with pytest.raises(DatabaseUnusable, match="full.*free space"), bounded.write() as connection:
+    with pytest.raises(DatabaseUnusable, match=r"full.*free space"), bounded.write() as connection:
         connection.execute(text("INSERT INTO t VALUES (zeroblob(100000))"))
     with bounded.read() as connection:
         assert connection.execute(text("SELECT count(*) FROM t")).scalar_one() == 0
