@@ -165,6 +165,7 @@ class SmtpServer:
     certificate: ssl.SSLContext | None = None
     implicit_tls: bool = False
     offers_starttls: bool = True
+    takes_data_anyway: bool = False  # says 354 although it refused sender or recipient, as RFC 2920 allows
     users: dict[str, str] | None = None
     accepted: list[Accepted] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
@@ -374,6 +375,11 @@ class _Conversation:
             raise _Over
         self.buffer += octets
 
+    @property
+    def pipelines(self) -> bool:
+        """Whether commands may come before the answers to those before them (RFC 2920)."""
+        return "PIPELINING" in self.server.extensions
+
     def fault(self, what: str) -> None:
         with self.server.lock:
             self.server.faults.append(what)
@@ -433,15 +439,22 @@ class _Conversation:
     def do_rcpt(self, rest: str) -> None:
         found = re.fullmatch(r"TO:<([^<>]+)>", rest)
         if found is None or self.mail is None or self.recipient is not None:
-            self.fault(f"RCPT out of turn or form: {rest}")
+            if found is None or not self.pipelines:
+                self.fault(f"RCPT out of turn or form: {rest}")
             self.say(503, "not now")
             return
         if self.answer("rcpt", 250, recipient=found[1]) // 100 == 2:
             self.recipient = found[1]
 
     def do_data(self, _rest: str) -> None:
+        if self.recipient is None and self.server.takes_data_anyway:
+            self.say(354, "go on")
+            self.mail_data()
+            self.say(554, "no valid recipients")
+            return
         if self.recipient is None:
-            self.fault("DATA out of turn")
+            if not self.pipelines:
+                self.fault("DATA out of turn")
             self.say(503, "not now")
             return
         if self.answer("data", 354, "go on", recipient=self.recipient) != 354:

@@ -88,8 +88,7 @@ def browser() -> Iterator[object]:
         found.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1280, "dark")])
 def test_no_page_has_an_accessibility_fault_or_is_cut_off(browser, site, scheme: str, width: int) -> None:
     from axe_playwright_python.sync_playwright import Axe
 

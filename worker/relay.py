@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -138,8 +139,7 @@ class Channel(asyncio.Protocol):
         self._extensions = extensions
         self._size = size
         self._buffer = bytearray()
-        self._replies: list[Reply] = []
-        self._waiter: asyncio.Future[Reply] | None = None
+        self._waiting: deque[asyncio.Future[Reply]] = deque()  # one for each answer that is due, in order
         self._broken: str | None = None
         self._drained = asyncio.Event()
         self._drained.set()
@@ -147,7 +147,8 @@ class Channel(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self.rested_since = self._loop.time()
         transport.set_protocol(self)
-        transport.set_write_buffer_limits(high=0)
+        # Not 0: asyncio's TLS takes "at least 0 bytes wait" for full, and would pause and go on by turns.
+        transport.set_write_buffer_limits(high=1, low=0)
         transport.resume_reading()
 
     # ------------------------------------------------------------ asyncio's side
@@ -164,11 +165,11 @@ class Channel(asyncio.Protocol):
                 return
             reply = _parse_reply(bytes(self._buffer[:end]))
             del self._buffer[:end]
-            if self._waiter is None or self._waiter.done():
+            if not self._waiting or self._waiting[0].done():
                 # An answer that nobody asked for could be paired with the wrong command.
                 self._break(f"an answer came unasked: {reply.code} {reply.text}")
                 return
-            self._waiter.set_result(reply)
+            self._waiting.popleft().set_result(reply)
 
     def eof_received(self) -> bool:
         """The server closed its side."""
@@ -193,8 +194,11 @@ class Channel(asyncio.Protocol):
             self._broken = why
             self._transport.abort()
         self._drained.set()
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(_Lost(self._broken))
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_exception(_Lost(self._broken))
+                waiter.exception()  # who waits for an earlier answer may never look at this one
 
     # ------------------------------------------------------------ the transaction
 
@@ -211,20 +215,9 @@ class Channel(asyncio.Protocol):
         """Hand one mail over (RFC 5321, 3.3); the outcome says what became of it and at which stage it was said."""
         stage = "mail"
         try:
-            refused = self._refused_ahead(envelope)
+            refused = self._refused_ahead(envelope) or await self._announce(envelope)
             if refused is not None:
                 return refused
-            reply = await self._ask(_mail_command(envelope, with_size="size" in self._extensions))
-            if reply.code // 100 != 2:
-                return await self._refused(reply, stage, About.SENDER)
-            stage = "rcpt"
-            reply = await self._ask(f"RCPT TO:<{envelope.recipient}>\r\n".encode())
-            if reply.code // 100 != 2:
-                return await self._refused(reply, stage, About.RECIPIENT)
-            stage = "data"
-            reply = await self._ask(b"DATA\r\n")
-            if reply.code != 354:
-                return await self._refused(reply, stage, About.CONTENT)
             stage = "body"
             if envelope.before_dot is not None and not await envelope.before_dot():
                 self._break("the mail was withdrawn")
@@ -240,6 +233,35 @@ class Channel(asyncio.Protocol):
         finally:
             self.rested_since = self._loop.time()
         return _answer_to_dot(reply)
+
+    async def _announce(self, envelope: Envelope) -> Outcome | None:
+        """Say MAIL, RCPT and DATA; None where the relay waits for the mail, else what became of it.
+
+        All three go in one packet where the relay offers PIPELINING (RFC 2920), and every answer is waited for.
+        """
+        commands = (
+            ("mail", About.SENDER, _mail_command(envelope, with_size="size" in self._extensions)),
+            ("rcpt", About.RECIPIENT, f"RCPT TO:<{envelope.recipient}>\r\n".encode()),
+            ("data", About.CONTENT, b"DATA\r\n"),
+        )
+        together = self.supports("pipelining")
+        waiters = self._put(b"".join(command for _, _, command in commands), 3) if together else []
+        refused: tuple[Reply, str, About] | None = None
+        for number, (stage, about, command) in enumerate(commands):
+            try:
+                reply = await self._answer(waiters[number] if together else self._put(command, 1)[0], COMMAND_SECONDS)
+            except (_Lost, TimeoutError, OSError) as error:
+                if refused is None:
+                    return self._lost(stage, error)
+                break  # it refused, then hung up
+            if refused is not None:
+                if reply.code == 354:
+                    self._break("the relay waits for a mail that it refused")
+            elif (reply.code != 354) if stage == "data" else (reply.code // 100 != 2):
+                refused = reply, stage, about
+                if not together:
+                    break
+        return await self._refused(*refused) if refused is not None else None
 
     async def _all_but_the_dot(self, data: bytes) -> bytes:
         """Write a large body up to its final dot; the bytes that remain to be written."""
@@ -299,21 +321,28 @@ class Channel(asyncio.Protocol):
         return Outcome(kind, About.RELAY, text=printable(why.encode()), stage=stage)
 
     async def _ask(self, data: bytes, *, seconds: float | None = None) -> Reply:
+        return await self._answer(self._put(data, 1)[0], COMMAND_SECONDS if seconds is None else seconds)
+
+    def _put(self, data: bytes, answers: int) -> list[asyncio.Future[Reply]]:
+        """Write commands that so many answers are due to."""
         if self._broken is not None:
             raise _Lost(self._broken)
-        waiter = self._waiter = self._loop.create_future()
-        timer = self._loop.call_later(COMMAND_SECONDS if seconds is None else seconds, self._too_late)
+        waiters = [self._loop.create_future() for _ in range(answers)]
+        self._waiting.extend(waiters)
+        self._transport.write(data)
+        return waiters
+
+    async def _answer(self, waiter: asyncio.Future[Reply], seconds: float) -> Reply:
+        timer = self._loop.call_later(seconds, _too_late, waiter)
         try:
-            self._transport.write(data)
-            reply: Reply = await waiter
-            return reply
+            return await waiter
         finally:
             timer.cancel()
-            self._waiter = None
 
-    def _too_late(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(TimeoutError())
+
+def _too_late(waiter: asyncio.Future[Reply]) -> None:
+    if not waiter.done():
+        waiter.set_exception(TimeoutError())
 
 
 _NOT_AN_ADDRESS = re.compile(r"[\s<>\x00-\x1f\x7f-\x9f]")
