@@ -479,3 +479,32 @@ def test_a_relay_that_cannot_be_reached_leaves_no_flight_open(tmp_path: Path) ->
         assert rows(app, flights) == []
         assert rows(app, deliveries.c.attempts) == [(0,), (0,)]
         assert rows(app, slices.c.owner, slices.c.done_at) == [(None, None)]
+
+
+def test_a_mail_speaks_only_of_the_grounds_that_still_stand(tmp_path: Path, server: SmtpServer) -> None:
+    """Pat moved away from account one after the planning, and opted out in account two: three is left."""
+
+    def account(name: str, address: str = "pat@people.example") -> dict[str, Any]:
+        person = {"id": "pat", "name": f"Pat {name}", "email": address, "roles": ["executive"]}
+        return {"id": name, "name": name.title(), "catalogue": "billtrust", "contacts": [person]}
+
+    with vendor(tmp_path, server, account("one"), account("two"), account("three")) as app:
+        publish(app, event("corporate.published", accounts="all"))
+        with working(app) as engine:
+            with app.database.write() as connection:
+                connection.execute(pauses.insert().values(scope="all", value="", by="test", at=1))
+                ledger.raise_guard(connection)
+            assert engine.until_idle(seconds=20)
+        import_accounts(app, [account("one", "elsewhere@people.example")])
+        with app.database.write() as connection:
+            change = SetOptOut(("two", "pat"), None, "corporate_communication", opted_out=True, set_by="operator")
+            apply(connection, Actor("cli:test", "cli"), [change], catalogues=app.catalogues, now=app.clock())
+            connection.execute(pauses.delete())
+            ledger.wake_waiting(connection, reasons=["paused"], now=app.clock())
+        run(app)
+        assert [mail.recipient for mail in server.accepted] == ["pat@people.example"]
+        message = read(server.accepted[0].body)
+        assert message["To"] == "Pat three <pat@people.example>"
+        assert message.get_all("X-Rolecast-Reason") == [
+            "account=three; category=corporate_communication; role=executive"
+        ]

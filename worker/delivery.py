@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,7 +30,7 @@ from worker import ledger, logs, mime
 from worker.fanout import EventRow, Planner, event_facts, event_row
 from worker.ledger import HOLD_CLASS, NEVER, Claim, Settlement, Status
 from worker.links import bounce_sender
-from worker.mails import Composer, Due, People, load, variant_of
+from worker.mails import Composer, Due, GroundRow, People, load, variant_of
 from worker.relay import About, Envelope, Kind, Outcome, Relay, RelayError, Relays
 from worker.rendering import Renderer, RenderError
 from worker.schema import events, pauses, renditions
@@ -294,40 +294,41 @@ class Sender:
     def _ready(
         self, connection: Connection, event: EventRow, members: Sequence[int], *, check: bool
     ) -> tuple[list[Due], People, dict[int, str]]:
-        """The deliveries of a flight, whom they speak of, and why some of them are not to be sent after all."""
-        dues, people = load(connection, event, members)
-        gone = {due.n: "contact_removed" for due in dues if not _standing(due, people)}
-        if not check:
-            return dues, people, gone
-        state = connection.execute(select(events.c.status, events.c.ulid).where(events.c.id == event.id)).one()
-        if state.status == "cancelled":
-            return dues, people, {due.n: "event_cancelled" for due in dues}
-        paused = self._paused(connection, event)
-        if paused is not None and not isinstance(paused, set):
-            return dues, people, {due.n: "paused" for due in dues}
-        still = self._still_wanted(connection, event, dues, people)
-        for due in dues:
-            if due.n not in gone and due.n in still:
-                gone[due.n] = still[due.n]
-            if paused and all(ground.account in paused for ground in due.grounds):
-                gone[due.n] = "paused"
-        return dues, people, gone
+        """The deliveries of a flight, whom they speak of, and why some of them are not to be sent after all.
 
-    def _paused(self, connection: Connection, event: EventRow) -> set[int] | str | None:
-        """The accounts that are paused, or a word where the whole event is."""
-        standing = connection.execute(select(pauses.c.scope, pauses.c.value)).all()
+        A delivery keeps the grounds that still stand, and goes out while there is one (design, principle 3).
+        """
+        dues, people = load(connection, event, members)
+        whole = self._whole_event_waits(connection, event) if check else None
+        if whole is not None:
+            return dues, people, {due.n: whole for due in dues}
+        fallen = self._fallen(connection, event, dues, people) if check else {}
+        paused = self._paused_accounts(connection) if check else set()
+        ready: list[Due] = []
+        gone: dict[int, str] = {}
+        for due in dues:
+            reasons = [_fell(ground, due, people, fallen=fallen, paused=paused) for ground in due.grounds]
+            standing = tuple(ground for ground, reason in zip(due.grounds, reasons, strict=True) if reason is None)
+            if not standing:
+                gone[due.n] = "paused" if "paused" in reasons else str(reasons[0])
+            ready.append(replace(due, grounds=standing) if standing else due)
+        return ready, people, gone
+
+    def _whole_event_waits(self, connection: Connection, event: EventRow) -> str | None:
+        """Why nothing of the event is sent now: it was cancelled, or it, its class or everything is paused."""
+        status = connection.execute(select(events.c.status).where(events.c.id == event.id)).scalar_one()
+        if status == "cancelled":
+            return "event_cancelled"
+        standing = {(row.scope, row.value) for row in connection.execute(select(pauses.c.scope, pauses.c.value))}
         whole = {("all", ""), ("class", event.class_), ("event", event.ulid)}
-        if any((row.scope, row.value) in whole for row in standing):
-            return "all"
-        names = [row.value for row in standing if row.scope == "account"]
-        if not names:
-            return None
+        return "paused" if standing & whole else None
+
+    def _paused_accounts(self, connection: Connection) -> set[int]:
+        names = select(pauses.c.value).where(pauses.c.scope == "account")
         return set(connection.execute(select(accounts_table.c.id).where(accounts_table.c.ext.in_(names))).scalars())
 
-    def _still_wanted(
-        self, connection: Connection, event: EventRow, dues: Sequence[Due], people: People
-    ) -> dict[int, str]:
-        """Who opted out or was suppressed since the planning: (n, reason) where no ground stands any more.
+    def _fallen(self, connection: Connection, event: EventRow, dues: Sequence[Due], people: People) -> dict[int, str]:
+        """Who opted out or was suppressed since the planning: contact -> reason.
 
         The accounts are resolved again, but only these two reasons count: a fallback that was planned stays, for its
         event has been told to nobody else.
@@ -339,7 +340,7 @@ class Sender:
             event.routing.get("products", ()),
             attested=event.routing.get("attested", False),
         )
-        dropped: dict[int, str] = {}
+        fallen: dict[int, str] = {}
         for start in range(0, len(names), 500):
             for account in directory.facts(
                 connection, self.planner.catalogues, limit=500, only=names[start : start + 500]
@@ -349,12 +350,8 @@ class Sender:
                     reasons = {reason for _, reason in one.dropped}
                     for reason in ("address_suppressed", "opted_out"):
                         if reason in reasons:
-                            dropped[one.contact.number] = reason
-        return {
-            due.n: dropped[due.grounds[0].contact]
-            for due in dues
-            if all(ground.contact in dropped for ground in due.grounds)
-        }
+                            fallen[one.contact.number] = reason
+        return fallen
 
     def keep_rendition(self, connection: Connection, event_id: int, variant: str, locale: str, hash_: str) -> None:
         """Remember which templates an event's variant was rendered with."""
@@ -369,14 +366,16 @@ class Sender:
             )
 
 
-def _standing(due: Due, people: People) -> bool:
-    """Whether a ground is left whose contact is still there, at the mailbox that the delivery is for."""
-    return any(
-        (contact := people.contacts.get(ground.contact)) is not None
-        and not contact.removed
-        and contact.mailbox == due.mailbox
-        for ground in due.grounds
-    )
+def _fell(
+    ground: GroundRow, due: Due, people: People, *, fallen: Mapping[int, str], paused: Collection[int]
+) -> str | None:
+    """Why a ground stands no more, or waits; None where it stands."""
+    contact = people.contacts.get(ground.contact)
+    if contact is None or contact.removed or contact.mailbox != due.mailbox:
+        return "contact_removed"  # or moved: the delivery is for the mailbox that was planned
+    if ground.contact in fallen:
+        return fallen[ground.contact]
+    return "paused" if ground.account in paused else None
 
 
 @dataclass(slots=True)
