@@ -17,7 +17,7 @@ demo: $(STAMP)  ## start everything with sample data and a local inbox (ARGS=--o
 	@$(VENV)/bin/rolecast demo $(ARGS)
 
 test: check  ## lint, types and every test
-	@$(PY) -m pytest -n auto --dist worksteal $(ARGS)
+	@$(PY) -m pytest -n auto --dist loadfile $(ARGS)
 
 check: $(VENV)/.test-$(notdir $(STAMP))  ## lint and types alone
 	@$(VENV)/bin/ruff check .
