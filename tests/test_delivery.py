@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 from subscriptions.changes import Actor, SetOptOut, Suppress, apply
 from subscriptions.database import system_clock
@@ -508,3 +508,30 @@ def test_a_mail_speaks_only_of_the_grounds_that_still_stand(tmp_path: Path, serv
         assert message.get_all("X-Rolecast-Reason") == [
             "account=three; category=corporate_communication; role=executive"
         ]
+
+
+@pytest.mark.parametrize("type_name", ["invoice.issued", "file.failed"])
+def test_an_outcome_that_cannot_be_recorded_at_once_is_kept_and_costs_no_second_copy(
+    type_name: str, tmp_path: Path, server: SmtpServer
+) -> None:
+    """The database refuses to record the acceptance for a while, as a full disk does after the relay's yes."""
+    with vendor(tmp_path, server) as app:
+        publish(app, event(type_name))
+        with app.database.write() as connection:
+            connection.execute(
+                text(
+                    "CREATE TRIGGER full BEFORE UPDATE ON deliveries WHEN NEW.status = 1"
+                    " BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END"
+                )
+            )
+        with working(app) as engine:
+            while not server.accepted:
+                time.sleep(0.02)
+            time.sleep(1.5)
+            assert states(app) == {"planned": 1}
+            with app.database.write() as connection:
+                connection.execute(text("DROP TRIGGER full"))
+            assert engine.until_idle(seconds=20)
+        assert states(app) == {"accepted": 1}
+        assert len(server.accepted) == 1
+        assert rows(app, flights) == []

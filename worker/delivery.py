@@ -6,7 +6,7 @@ The path of a slice, in order:
 2. per flight: look at the guard; where it moved, check again who still may get it
 3. render each mail as its turn comes, and hand it over on one connection
 4. settle what became of each mail within 10 milliseconds or 32 outcomes
-5. give the slice back
+5. give the slice back, once all of that is committed
 
 No transaction is open while a relay is talked to. What a crash leaves behind is named by open flights (`rescue`).
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from subscriptions import directory
 from subscriptions.audience import resolve
-from subscriptions.database import Clock, DatabaseUnusable
+from subscriptions.database import Clock
 from subscriptions.schema import accounts as accounts_table
 from worker import ledger, logs, mime
 from worker.fanout import EventRow, Planner, event_facts, event_row
@@ -88,6 +89,8 @@ class Settler:
     worker: int
     _pending: list[Settlement] = field(default_factory=list)
     _open: dict[int, int] = field(default_factory=dict)  # flight -> mails not yet settled
+    _unrecorded: Counter[int] = field(default_factory=Counter)  # slice -> outcomes not yet committed
+    _waiting: dict[int, asyncio.Event] = field(default_factory=dict)  # slice -> who waits until there are none
     _timer: asyncio.TimerHandle | None = None
     _unsettled: int = 0
     _room: asyncio.Event = field(default_factory=asyncio.Event)
@@ -101,13 +104,13 @@ class Settler:
             self._open[flight_id] = mails
 
     def forget(self, flight_id: int) -> None:
-        """A flight ended before all its mails began: what did become of some is committed first."""
-        self.flush()
+        """A flight ended before all its mails began."""
         self._open.pop(flight_id, None)
 
     def add(self, settlement: Settlement) -> None:
         """What became of one mail; it is committed soon."""
         self._pending.append(settlement)
+        self._unrecorded[settlement.slice_id] += 1
         self._unsettled += 1
         if self._unsettled >= UNSETTLED:
             self._room.clear()
@@ -120,16 +123,18 @@ class Settler:
         """Wait until few enough outcomes are uncommitted."""
         await self._room.wait()
 
+    async def recorded(self, slice_id: int) -> None:
+        """Wait until every outcome of a slice is committed: a slice given back before would be sent again."""
+        self.flush()
+        if slice_id in self._unrecorded:
+            await self._waiting.setdefault(slice_id, asyncio.Event()).wait()
+
     def flush(self) -> None:
-        """Commit what waits, now; what is submitted to the writer afterwards finds it committed."""
+        """Commit what waits, now."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         batch, self._pending = self._pending, []
-        if batch:
-            self._submit(batch)
-
-    def _submit(self, batch: list[Settlement]) -> None:
         landed = []
         for one in batch:
             if one.flight_id in self._open:
@@ -137,7 +142,10 @@ class Settler:
                 if self._open[one.flight_id] == 0:
                     del self._open[one.flight_id]
                     landed.append(one.flight_id)
+        if batch:
+            self._submit(batch, landed)
 
+    def _submit(self, batch: list[Settlement], landed: list[int]) -> None:
         def record(connection: Connection) -> None:
             ledger.settle(connection, self.worker, batch)
             ledger.land(connection, landed)
@@ -154,17 +162,17 @@ class Settler:
         if error is not None:
             # The mails have left: the result is kept and tried again, for as long as this process lives.
             logger.error("database.unusable", why=str(error), outcomes=len(batch), tried_again_in_seconds=1)
-            self._open.update(dict.fromkeys(landed, 0))
-            asyncio.get_running_loop().call_later(1.0, self._again, batch, landed)
+            asyncio.get_running_loop().call_later(1.0, self._submit, batch, landed)
             return
         self._unsettled -= len(batch)
         if self._unsettled < UNSETTLED:
             self._room.set()
-
-    def _again(self, batch: list[Settlement], landed: list[int]) -> None:
-        for flight_id in landed:
-            self._open[flight_id] = sum(one.flight_id == flight_id for one in batch)
-        self._submit(batch)
+        for slice_id, count in Counter(one.slice_id for one in batch).items():
+            self._unrecorded[slice_id] -= count
+            if not self._unrecorded[slice_id]:
+                del self._unrecorded[slice_id]
+                if slice_id in self._waiting:
+                    self._waiting.pop(slice_id).set()
 
 
 @dataclass(slots=True)
@@ -199,13 +207,13 @@ class Sender:
             logger.exception("slice.failed", slice=slice_id, why=str(error), tried_again_in_seconds=FAULT_SECONDS)
             await self._postpone(work, FAULT_SECONDS, fault=True)
             return
-        self.settler.flush()
+        await self.settler.recorded(slice_id)
         now = self.clock()
         await self._surely(lambda connection: ledger.finish(connection, work.claim, self.worker, now=now))
 
     async def _postpone(self, work: Work, seconds: int, *, fault: bool) -> None:
         """Give the slice back for a while; after a fault of ours its open flights end as a vanished worker's do."""
-        self.settler.flush()
+        await self.settler.recorded(work.claim.slice_id)
         now = self.clock()
         until = now + seconds * 1_000_000
         await self._surely(
@@ -219,7 +227,7 @@ class Sender:
         while True:
             try:
                 await self.writer.run(work)
-            except DatabaseUnusable as error:
+            except Exception as error:  # noqa: BLE001 - a slice that is not given back would wait for this process's end
                 logger.warning("database.unusable", why=str(error), tried_again_in_seconds=1)
                 await asyncio.sleep(1.0)
             else:
@@ -286,6 +294,7 @@ class Sender:
         try:
             await relay.send(mails.envelopes(), lane=int(work.claim.lane), done=mails.done, gate=self.settler.room)
         except RelayError:
+            await self.settler.recorded(work.claim.slice_id)
             self.settler.forget(flight.id)
             await self.writer.run(lambda connection: ledger.land(connection, [flight.id]))
             return [due.n for due in flight.dues if due.n not in mails.settled]

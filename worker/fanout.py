@@ -60,7 +60,6 @@ class EventRow:
     status: str
     sender_domain: str
     bounce_domain: str
-    cancelled: bool
 
 
 def event_row(row: Any) -> EventRow:
@@ -85,7 +84,6 @@ def event_row(row: Any) -> EventRow:
         status=row.status,
         sender_domain=row.sender_domain,
         bounce_domain=row.bounce_domain,
-        cancelled=row.cancelled_at is not None,
     )
 
 

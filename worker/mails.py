@@ -53,7 +53,6 @@ class Due:
     mailbox: int
     attempts: int
     first_flight_at: int | None
-    rendition_id: int | None
     grounds: tuple[GroundRow, ...]
 
 
@@ -83,7 +82,7 @@ def load(connection: Connection, event: EventRow, numbers: Sequence[int]) -> tup
     table = deliveries
     rows = connection.execute(
         select(
-            table.c.n, table.c.mailbox_id, table.c.attempts, table.c.first_flight_at, table.c.rendition_id,
+            table.c.n, table.c.mailbox_id, table.c.attempts, table.c.first_flight_at,
             table.c.account_id, table.c.contact_id, verdict_shapes.c.body,
         )
         .join(verdict_shapes, verdict_shapes.c.id == table.c.shape_id)
@@ -106,7 +105,6 @@ def load(connection: Connection, event: EventRow, numbers: Sequence[int]) -> tup
             mailbox=row.mailbox_id,
             attempts=row.attempts,
             first_flight_at=row.first_flight_at,
-            rendition_id=row.rendition_id,
             grounds=(
                 GroundRow(row.account_id, row.contact_id, shape_of(row.body)),
                 *further.get(row.n, ()),

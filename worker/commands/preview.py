@@ -129,7 +129,6 @@ def _dues(
             mailbox=mailbox,
             attempts=0,
             first_flight_at=None,
-            rendition_id=None,
             grounds=tuple(
                 GroundRow(
                     account.number, one.contact.number, Shape(one.delivery, one.matched, one.dropped, one.deduplicated)
@@ -169,7 +168,6 @@ def _row(app: App, settings: Settings, event: Event, place: int) -> EventRow:
         status="accepted",
         sender_domain=domain,
         bounce_domain=domain,
-        cancelled=False,
     )
 
 
