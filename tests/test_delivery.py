@@ -17,7 +17,7 @@ from subscriptions.changes import Actor, SetOptOut, Suppress, apply
 from subscriptions.database import system_clock
 from tests.house import ACME, DAY, GLOBEX, event, house, import_accounts, publish
 from tests.smtpd import SmtpServer, close, lose_the_reply, reply, reset
-from worker import ledger
+from worker import feeding, leases, ledger
 from worker.app import AnotherWorks, App, Engine
 from worker.links import read_bounce
 from worker.schema import deliveries, events, flights, pauses, slices
@@ -388,7 +388,7 @@ def test_what_is_paused_waits_and_goes_on_when_resumed(
             with app.database.write() as connection:
                 connection.execute(pauses.delete())
                 ledger.raise_guard(connection)
-                ledger.wake_waiting(connection, reasons=["paused"], now=app.clock())
+                feeding.wake_waiting(connection, reasons=["paused"], now=app.clock())
             engine.wake()
             assert engine.until_idle(seconds=20)
         assert len(server.accepted) == 2
@@ -428,7 +428,7 @@ def test_a_worker_that_vanished_in_flight_is_survived(tmp_path: Path, server: Sm
     with vendor(tmp_path, server) as app:
         publish(app, event("service.notice", account="acme"), event("invoice.issued", id="i"))
         with app.database.write() as connection:
-            dead = ledger.register(connection, host="gone", pid=1, lanes="bulk", now=1)
+            dead = leases.register(connection, host="gone", pid=1, lanes="bulk", now=1)
             for slice_id in (1, 2):
                 taken = ledger.claim(connection, slice_id, dead, now=app.clock())
                 assert taken is not None
@@ -500,7 +500,7 @@ def test_a_mail_speaks_only_of_the_grounds_that_still_stand(tmp_path: Path, serv
             change = SetOptOut(("two", "pat"), None, "corporate_communication", opted_out=True, set_by="operator")
             apply(connection, Actor("cli:test", "cli"), [change], catalogues=app.catalogues, now=app.clock())
             connection.execute(pauses.delete())
-            ledger.wake_waiting(connection, reasons=["paused"], now=app.clock())
+            feeding.wake_waiting(connection, reasons=["paused"], now=app.clock())
         run(app)
         assert [mail.recipient for mail in server.accepted] == ["pat@people.example"]
         message = read(server.accepted[0].body)

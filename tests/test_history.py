@@ -6,7 +6,7 @@ import pytest
 
 from subscriptions.changes import Actor, PutContact, RemoveContact, apply
 from tests.house import ACME, GLOBEX, NOW, event, house, publish
-from worker import fanout, history, ledger
+from worker import fanout, feeding, history, leases, ledger
 from worker.ledger import Status
 
 SHARED_ADA = {
@@ -27,7 +27,7 @@ def app(tmp_path):
 def planned(app):
     """Plan every broadcast that waits."""
     with app.database.write() as connection:
-        worker = ledger.register(connection, host="test", pid=1, lanes="bulk", now=NOW)
+        worker = leases.register(connection, host="test", pid=1, lanes="bulk", now=NOW)
     while True:
         with app.database.write() as connection:
             taken = fanout.take_event(connection, worker, now=app.clock())
@@ -66,7 +66,7 @@ def test_the_state_of_an_event_counts_deliveries_by_status(app):
 def test_what_an_open_flight_names_counts_as_sending(app):
     publish(app, event("invoice.issued"))
     with app.database.write() as connection:
-        worker = ledger.register(connection, host="test", pid=1, lanes="bulk", now=NOW)
+        worker = leases.register(connection, host="test", pid=1, lanes="bulk", now=NOW)
         taken = ledger.claim(connection, 1, worker, now=NOW)
         ledger.begin(connection, taken, worker, [1], now=NOW)
     assert asked(app, history.event_state, "/test", "e1")["totals"] == {"sending": 1}
@@ -258,4 +258,4 @@ def test_a_person_lets_held_mail_go_and_tries_failed_mail_again(app, decide, sta
     assert state["totals"] == ({"planned": 1} if changed else {status.name.lower(): 1})
     assert state["status"] == ("sending" if changed else "done")
     with app.database.read() as connection:
-        assert ledger.retries_due(connection, now=NOW) == bool(changed)
+        assert feeding.retries_due(connection, now=NOW) == bool(changed)

@@ -23,7 +23,7 @@ from tests.house import (
     import_accounts,
     publish,
 )
-from worker import ledger
+from worker import feeding, ledger
 from worker.app import App
 from worker.fanout import unpack
 from worker.intake import Publisher, Refused
@@ -165,8 +165,8 @@ def test_an_event_that_waits_for_its_time_is_not_planned_before(tmp_path: Path) 
         publish(app, event("invoice.issued", not_before="2026-11-22T10:00:00Z"))
         with app.database.read() as connection:
             assert connection.execute(select(events.c.status)).scalar_one() == "accepted"
-            assert not ledger.waits_for_plan(connection, now=NOW)
-            assert ledger.waits_for_plan(connection, now=NOW + DAY)
+            assert not feeding.waits_for_plan(connection, now=NOW)
+            assert feeding.waits_for_plan(connection, now=NOW + DAY)
         assert count(app, deliveries) == 0
 
 

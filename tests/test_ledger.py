@@ -12,7 +12,7 @@ from sqlalchemy import insert, select
 
 from subscriptions.database import Database
 from tests.house import DAY, NOW
-from worker import ledger
+from worker import feeding, leases, ledger
 from worker.ledger import Claim, Lane, Settlement, Status
 from worker.schema import deliveries, events, flights, slices
 
@@ -35,12 +35,12 @@ def plan(database: Database, *, mails: int = 3, class_: str = "operational", lan
         ]
         connection.execute(insert(deliveries), rows)
         ledger.add_tallies(connection, 0, {(1, Status.PLANNED): mails})
-        ledger.make_slices(connection, 1, lane, first_n=1, last_n=mails, due_at=NOW)
+        feeding.make_slices(connection, 1, lane, first_n=1, last_n=mails, due_at=NOW)
 
 
 def worker(database: Database, *, now: int = NOW) -> int:
     with database.write() as connection:
-        return ledger.register(connection, host="h", pid=1, lanes="all", now=now)
+        return leases.register(connection, host="h", pid=1, lanes="all", now=now)
 
 
 def claim(database: Database, owner: int, slice_id: int = 1) -> Claim | None:
@@ -96,7 +96,7 @@ def test_who_lost_the_claim_records_acceptances_only(database: Database) -> None
     taken = claim(database, slow)
     assert taken is not None
     with database.write() as connection:
-        ledger.free_orphans(connection, quick, dead_before=None, now=NOW)
+        leases.free_orphans(connection, quick, dead_before=None, now=NOW)
     again = claim(database, quick)
     assert again is not None
     assert again.epoch == taken.epoch + 1
@@ -118,7 +118,7 @@ def test_what_a_vanished_worker_had_in_flight_is_sent_again_or_held_by_class(
     assert taken is not None
     with database.write() as connection:
         ledger.begin(connection, taken, gone, [2], now=NOW)
-        assert ledger.free_orphans(connection, rescuer, dead_before=None, now=NOW) == 1
+        assert leases.free_orphans(connection, rescuer, dead_before=None, now=NOW) == 1
         assert connection.execute(select(flights)).all() == []
         attempts = connection.execute(select(deliveries.c.attempts).order_by(deliveries.c.n)).scalars().all()
     assert statuses(database) == [Status.PLANNED, expected, Status.PLANNED]
@@ -131,8 +131,8 @@ def test_a_worker_whose_heart_beats_keeps_its_slices(database: Database) -> None
     alive, other = worker(database), worker(database)
     assert claim(database, alive)
     with database.write() as connection:
-        assert ledger.free_orphans(connection, other, dead_before=NOW - 1, now=NOW) == 0
-        assert ledger.free_orphans(connection, other, dead_before=NOW + 1, now=NOW) == 1
+        assert leases.free_orphans(connection, other, dead_before=NOW - 1, now=NOW) == 0
+        assert leases.free_orphans(connection, other, dead_before=NOW + 1, now=NOW) == 1
 
 
 def test_deferred_mail_comes_back_in_a_slice_of_its_own_when_it_is_due(database: Database) -> None:
@@ -146,36 +146,36 @@ def test_deferred_mail_comes_back_in_a_slice_of_its_own_when_it_is_due(database:
     )  # fmt: skip
     with database.write() as connection:
         ledger.finish(connection, taken, me, now=NOW)
-        assert ledger.ended(connection) == []
-        assert ledger.gather_retries(connection, now=NOW) == 0
-        assert ledger.gather_retries(connection, now=NOW + 60) == 1
-        chosen = ledger.take_for_queue(connection, Lane.URGENT, room=4, now=NOW + 60)
+        assert feeding.ended(connection) == []
+        assert feeding.gather_retries(connection, now=NOW) == 0
+        assert feeding.gather_retries(connection, now=NOW + 60) == 1
+        chosen = feeding.take_for_queue(connection, Lane.URGENT, room=4, now=NOW + 60)
         retry = ledger.claim(connection, chosen[0], me, now=NOW + 60)
         assert retry is not None
         assert retry.members == (2,)
         assert ledger.owed(connection, retry) == [2]
         ledger.settle(connection, me, [outcome(retry, 2, Status.ACCEPTED)])
         ledger.finish(connection, retry, me, now=NOW)
-        assert ledger.ended(connection) == [(1, "U1")]
+        assert feeding.ended(connection) == [(1, "U1")]
 
 
 def test_a_queue_that_lost_its_messages_is_filled_again(database: Database) -> None:
     plan(database)
     with database.write() as connection:
-        assert ledger.take_for_queue(connection, Lane.URGENT, room=4, now=NOW) == [1]
-        assert ledger.take_for_queue(connection, Lane.URGENT, room=4, now=NOW) == []
-        assert ledger.forget_queued(connection, before=NOW) == 0
-        assert ledger.forget_queued(connection, before=NOW + 1) == 1
-        assert ledger.take_for_queue(connection, Lane.URGENT, room=4, now=NOW) == [1]
+        assert feeding.take_for_queue(connection, Lane.URGENT, room=4, now=NOW) == [1]
+        assert feeding.take_for_queue(connection, Lane.URGENT, room=4, now=NOW) == []
+        assert feeding.forget_queued(connection, before=NOW) == 0
+        assert feeding.forget_queued(connection, before=NOW + 1) == 1
+        assert feeding.take_for_queue(connection, Lane.URGENT, room=4, now=NOW) == [1]
 
 
 def test_a_lane_holds_no_more_slices_than_it_has_room_for(database: Database) -> None:
     plan(database, mails=ledger.SLICE_SIZE * 5)
     with database.write() as connection:
-        assert len(ledger.take_for_queue(connection, Lane.URGENT, room=3, now=NOW)) == 3
-        assert ledger.take_for_queue(connection, Lane.URGENT, room=3, now=NOW) == []
+        assert len(feeding.take_for_queue(connection, Lane.URGENT, room=3, now=NOW)) == 3
+        assert feeding.take_for_queue(connection, Lane.URGENT, room=3, now=NOW) == []
         connection.execute(slices.update().where(slices.c.id == 1).values(done_at=NOW))
-        assert len(ledger.take_for_queue(connection, Lane.URGENT, room=3, now=NOW)) == 1
+        assert len(feeding.take_for_queue(connection, Lane.URGENT, room=3, now=NOW)) == 1
 
 
 def test_each_class_travels_in_its_lane() -> None:

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from subscriptions import directory, transfer
 from subscriptions.audience import AccountFacts
 from subscriptions.database import system_clock
-from worker import events, fanout, keys, ledger, settings
+from worker import events, fanout, keys, leases, settings
 from worker.app import App, open_app
 from worker.intake import Publisher
 from worker.links import Links, keys_for
@@ -110,7 +110,7 @@ class Web:
         event = events.parse_event(an_event(type_name, **data))
         (accepted,) = self.app.intake.accept([event], Publisher())
         with self.app.database.write() as connection:
-            worker = ledger.register(connection, host="test", pid=1, lanes="bulk", now=self.app.clock())
+            worker = leases.register(connection, host="test", pid=1, lanes="bulk", now=self.app.clock())
             taken = fanout.take_event(connection, worker, now=self.app.clock())
         if taken is not None:
             fanout.plan_event(

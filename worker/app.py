@@ -23,7 +23,7 @@ from sqlalchemy import select
 from subscriptions import schema
 from subscriptions.catalogue import Catalogue, CatalogueError, load_catalogues
 from subscriptions.database import Clock, Database, system_clock
-from worker import actors, ledger, logs, migrate
+from worker import actors, feeding, leases, logs, migrate
 from worker.broker import QUEUES, Loop, make_broker
 from worker.delivery import Sender, Settler
 from worker.fanout import Planner
@@ -148,7 +148,7 @@ class Engine:
                 message = f"another process works on this database already{named}: stop it, or leave the work to it"
                 raise AnotherWorks(message)
         with database.write() as connection:
-            self.number = ledger.register(
+            self.number = leases.register(
                 connection,
                 host=socket.gethostname(),
                 pid=os.getpid(),
@@ -156,7 +156,7 @@ class Engine:
                 now=self.app.clock(),
             )
             now = self.app.clock()
-            ledger.wake_waiting(connection, reasons=["no_https", "no_sender"], now=now)
+            feeding.wake_waiting(connection, reasons=["no_https", "no_sender"], now=now)
         self._writer = Writer(database)
         self._writer.start()
         loop = Loop(self._opened, self._closing)
@@ -249,9 +249,9 @@ class Engine:
     def idle(self, event_ids: list[int] | None = None) -> bool:
         """Whether nothing (of these events) is due now; without a worker that has a relay no mail is due."""
         with self.app.database.read() as connection:
-            if not ledger.someone_sends(connection):
-                return not ledger.waits_for_plan(connection, now=self.app.clock())
-            return not ledger.due_now(connection, now=self.app.clock(), event_ids=event_ids)
+            if not leases.someone_sends(connection):
+                return not feeding.waits_for_plan(connection, now=self.app.clock())
+            return not feeding.due_now(connection, now=self.app.clock(), event_ids=event_ids)
 
     def until_idle(self, *, event_ids: list[int] | None = None, seconds: float | None = None,
                    look: Callable[[], None] = lambda: None) -> bool:  # fmt: skip
@@ -277,8 +277,8 @@ class Engine:
             self._writer.stop()
         if self.number:
             with self.app.database.write() as connection:
-                ledger.free_own(connection, self.number, now=self.app.clock())
-                ledger.leave(connection, self.number)
+                leases.free_own(connection, self.number, now=self.app.clock())
+                leases.leave(connection, self.number)
         if self._broker is not None:
             self._broker.close()
         if self._lock is not None:

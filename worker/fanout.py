@@ -24,7 +24,7 @@ from subscriptions.audience import AccountFacts, EventFacts, Excluded, Recipient
 from subscriptions.catalogue import Catalogue
 from subscriptions.database import Clock, Database
 from subscriptions.schema import catalogue_versions
-from worker import ledger, logs
+from worker import feeding, ledger, logs
 from worker.ledger import Lane, Status
 from worker.links import varint, varints
 from worker.schema import deliveries, events, more_grounds, slices, verdict_shapes, verdicts
@@ -295,7 +295,7 @@ def plan_one(
 ) -> None:
     """Plan an event for one account: verdicts, deliveries, slices, and the event's state."""
     next_n = planning.write(event, [(account, verdict)], next_n=1, now=now, owner=owner)
-    ledger.make_slices(planning.connection, event.id, event.lane, first_n=1, last_n=next_n - 1, due_at=now)
+    feeding.make_slices(planning.connection, event.id, event.lane, first_n=1, last_n=next_n - 1, due_at=now)
     planning.connection.execute(
         update(events)
         .where(events.c.id == event.id)
@@ -387,7 +387,7 @@ def _plan_page(planning: Planning, event: EventRow, worker: int, *, now: int, pa
     )
     answers = [(one, resolve(planning.planner.catalogues[one.catalogue], one, facts)) for one in accounts]
     next_n = planning.write(event, answers, next_n=state.next_n, now=now, owner=worker)
-    ledger.make_slices(connection, event.id, event.lane, first_n=state.next_n, last_n=next_n - 1, due_at=None)
+    feeding.make_slices(connection, event.id, event.lane, first_n=state.next_n, last_n=next_n - 1, due_at=None)
     if len(accounts) == page:
         connection.execute(
             update(events).where(events.c.id == event.id).values(plan_after_account=accounts[-1].number, next_n=next_n)

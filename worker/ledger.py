@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
@@ -27,13 +26,9 @@ from sqlalchemy import (
     Select,
     bindparam,
     delete,
-    exists,
     func,
-    insert,
-    or_,
     select,
     text,
-    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
@@ -41,7 +36,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from subscriptions.directory import among
 from subscriptions.schema import installation
-from worker.schema import deliveries, events, flights, pauses, slices, tallies, workers
+from worker.schema import deliveries, events, flights, slices, tallies
 
 NEVER = 2**62
 #: A `due_at` that waits for a person: a pause, a missing https address, a missing sender.
@@ -126,36 +121,6 @@ def retry_at(attempts: int, *, now: int, accepted_at: int, spread: float) -> int
     minutes = RETRY_MINUTES[min(attempts, len(RETRY_MINUTES)) - 1]
     at = now + max(60_000_000, int(minutes * 60_000_000 * (0.8 + 0.4 * spread)))
     return at if at < accepted_at + GIVE_UP_DAYS * 86_400_000_000 else None
-
-
-# ---------------------------------------------------------------- workers
-
-
-def register(connection: Connection, *, host: str, pid: int, lanes: str, now: int) -> int:
-    """A row for this worker process; its number owns slices."""
-    statement = insert(workers).values(host=host, pid=pid, lanes=lanes, started_at=now, beat_at=now)
-    return int(connection.execute(statement.returning(workers.c.id)).scalar_one())
-
-
-def someone_sends(connection: Connection) -> bool:
-    """Whether a worker is there that has a relay; one without plans events and sends nothing."""
-    return _any(connection, select(workers.c.id).where(workers.c.lanes != ""))
-
-
-def beat(connection: Connection, worker: int, *, now: int) -> None:
-    """Say that the worker lives."""
-    connection.execute(update(workers).where(workers.c.id == worker).values(beat_at=now))
-
-
-def free_own(connection: Connection, worker: int, *, now: int) -> None:
-    """At a stop: give back what was claimed; a flight that did not end in time is treated as a vanished worker's."""
-    _free(connection, worker, slices.c.owner == worker, now=now)
-    connection.execute(update(events).where(events.c.plan_owner == worker).values(plan_owner=None))
-
-
-def leave(connection: Connection, worker: int) -> None:
-    """Take the worker's row away; what it still owns is freed by `rescue`."""
-    connection.execute(delete(workers).where(workers.c.id == worker))
 
 
 # ---------------------------------------------------------------- claim, begin, settle
@@ -302,7 +267,7 @@ def postpone(
         .values(owner=None, queued_at=None, due_at=until)
     ).rowcount
     if given and again:
-        _end_open_flights(connection, worker, taken.slice_id, taken.event_id, hold=hold, now=now)
+        end_open_flights(connection, worker, taken.slice_id, taken.event_id, hold=hold, now=now)
     elif given:
         connection.execute(delete(flights).where(flights.c.slice_id == taken.slice_id, flights.c.epoch == taken.epoch))
 
@@ -348,170 +313,10 @@ def totals(connection: Connection, event_id: int) -> dict[str, int]:
     return {Status(status).name.lower(): int(n) for status, n in rows if n}
 
 
-# ---------------------------------------------------------------- slices: making, feeding, rescue
-
-
-def make_slices(
-    connection: Connection, event_id: int, lane: Lane, *, first_n: int, last_n: int, due_at: int | None
-) -> None:
-    """Cut the deliveries first_n..last_n of an event into slices."""
-    if last_n < first_n:
-        return
-    connection.execute(
-        insert(slices),
-        [
-            {
-                "event_id": event_id,
-                "lane": int(lane),
-                "first_n": start,
-                "last_n": min(start + SLICE_SIZE - 1, last_n),
-                "due_at": due_at,
-            }
-            for start in range(first_n, last_n + 1, SLICE_SIZE)
-        ],
-    )
-
-
-def gather_retries(connection: Connection, *, now: int, limit: int = 500) -> int:
-    """Put deferred deliveries that are due into slices of their own; returns how many there were."""
-    rows = connection.execute(
-        select(deliveries.c.event_id, deliveries.c.n, events.c.lane)
-        .join(events, events.c.id == deliveries.c.event_id)
-        .where(deliveries.c.due_at <= now, deliveries.c.status == int(Status.PLANNED))
-        .order_by(deliveries.c.due_at)
-        .limit(limit)
-    ).all()
-    by_event: dict[tuple[int, int], list[int]] = {}
-    for row in rows:
-        by_event.setdefault((row.event_id, row.lane), []).append(row.n)
-    for (event_id, lane), members in by_event.items():
-        members.sort()
-        slice_id = connection.execute(
-            insert(slices)
-            .values(
-                event_id=event_id,
-                lane=lane,
-                first_n=members[0],
-                last_n=members[-1],
-                members=json.dumps(members),
-                due_at=now,
-            )
-            .returning(slices.c.id)
-        ).scalar_one()
-        connection.execute(
-            update(deliveries)
-            .where(deliveries.c.event_id == event_id, deliveries.c.n.in_(members))
-            .values(due_at=None, retry_slice=slice_id)
-        )
-    return len(rows)
-
-
-def waits_for_plan(connection: Connection, *, now: int) -> bool:
-    """Whether an accepted event is to be planned now and nobody plans it."""
-    return _any(
-        connection,
-        select(events.c.id)
-        .where(events.c.status.in_(["accepted", "planning"]), events.c.plan_owner.is_(None))
-        .where(or_(events.c.not_before.is_(None), events.c.not_before <= now)),
-    )
-
-
-def retries_due(connection: Connection, *, now: int) -> bool:
-    """Whether deferred mail is due."""
-    return _any(
-        connection,
-        select(deliveries.c.n).where(deliveries.c.due_at <= now, deliveries.c.status == int(Status.PLANNED)),
-    )
-
-
-def lanes_to_feed(connection: Connection, *, now: int) -> list[Lane]:
-    """The lanes that have slices which are due and stand in no queue, the most urgent first."""
-    waiting = select(slices.c.lane).where(
-        slices.c.done_at.is_(None), slices.c.due_at <= now, slices.c.queued_at.is_(None), slices.c.owner.is_(None)
-    )
-    return [lane for lane in Lane if _any(connection, waiting.where(slices.c.lane == int(lane)))]
-
-
-def _any(connection: Connection, query: Select[Any]) -> bool:
-    return connection.execute(query.limit(1)).first() is not None
-
-
-def take_for_queue(connection: Connection, lane: Lane, *, room: int, now: int) -> list[int]:
-    """Slices of a lane to be put into its queue now, marked as queued; at most `room` stand there or are in work."""
-    standing = connection.execute(
-        select(func.count())
-        .select_from(slices)
-        .where(slices.c.lane == int(lane), slices.c.done_at.is_(None), slices.c.due_at <= now)
-        .where(slices.c.queued_at.is_not(None))
-    ).scalar_one()
-    if standing >= room:
-        return []
-    chosen = list(
-        connection.execute(
-            select(slices.c.id)
-            .join(events, events.c.id == slices.c.event_id)
-            .where(slices.c.lane == int(lane), slices.c.done_at.is_(None), slices.c.due_at <= now)
-            .where(slices.c.queued_at.is_(None), slices.c.owner.is_(None))
-            .where(~_paused(connection))
-            .order_by(slices.c.due_at, slices.c.id)
-            .limit(room - standing)
-        ).scalars()
-    )
-    if chosen:
-        connection.execute(update(slices).where(slices.c.id.in_(chosen)).values(queued_at=now))
-    return chosen
-
-
-def forget_queued(connection: Connection, *, before: int) -> int:
-    """Slices that were queued before `before` and that nobody took: they are queued again. Returns how many."""
-    return connection.execute(
-        update(slices)
-        .where(slices.c.done_at.is_(None), slices.c.owner.is_(None), slices.c.queued_at < before)
-        .where(slices.c.due_at.is_not(None))
-        .values(queued_at=None)
-    ).rowcount
-
-
-def free_orphans(connection: Connection, worker: int, *, dead_before: int | None, now: int) -> int:
-    """Free what vanished workers held: `dead_before` None means that every other worker is gone (the lock is ours).
-
-    What their open flights name in the hold class is held with the reason `unknown`; everything else is sent again or
-    was never attempted. Returns the number of slices that were freed.
-    """
-    alive = select(workers.c.id).where(
-        workers.c.id == worker if dead_before is None else or_(workers.c.beat_at >= dead_before, workers.c.id == worker)
-    )
-    freed = _free(connection, worker, slices.c.owner.is_not(None) & slices.c.owner.not_in(alive), now=now)
-    connection.execute(
-        update(events)
-        .where(events.c.plan_owner.is_not(None), events.c.plan_owner.not_in(alive))
-        .values(plan_owner=None)
-    )
-    connection.execute(delete(workers).where(workers.c.id.not_in(alive)))
-    return freed
-
-
-def _free(connection: Connection, worker: int, whose: ColumnElement[bool], *, now: int) -> int:
-    """Free the slices that `whose` says and end their open flights; returns how many slices."""
-    held = connection.execute(
-        select(slices.c.id, slices.c.event_id, slices.c.owner, slices.c.epoch, events.c["class"])
-        .join(events, events.c.id == slices.c.event_id)
-        .where(whose, slices.c.done_at.is_(None))
-    ).all()
-    for one in held:
-        freed = connection.execute(
-            update(slices)
-            .where(slices.c.id == one.id, slices.c.owner == one.owner, slices.c.epoch == one.epoch)
-            .values(owner=None, queued_at=None)
-        ).rowcount
-        if freed:
-            _end_open_flights(connection, worker, one.id, one.event_id, hold=one[4] == HOLD_CLASS, now=now)
-    return len(held)
-
-
-def _end_open_flights(
+def end_open_flights(
     connection: Connection, worker: int, slice_id: int, event_id: int, *, hold: bool, now: int
 ) -> None:
+    """What a slice's open flights name is sent again, or held with the reason `unknown`; the flights are forgotten."""
     open_ones = connection.execute(
         select(flights.c.id, flights.c.members, flights.c.begun_at).where(flights.c.slice_id == slice_id)
     ).all()
@@ -535,50 +340,6 @@ def _end_open_flights(
     land(connection, (row.id for row in open_ones))
 
 
-def ended(connection: Connection) -> list[tuple[int, str]]:
-    """Events of which nothing is left that the machine does by itself: (number, ULID)."""
-    rows = connection.execute(
-        select(events.c.id, events.c.ulid)
-        .where(events.c.status == "sending")
-        .where(~exists().where(slices.c.event_id == events.c.id, slices.c.done_at.is_(None)))
-        .where(
-            ~exists().where(
-                deliveries.c.event_id == events.c.id,
-                deliveries.c.due_at.is_not(None),
-                deliveries.c.status == int(Status.PLANNED),
-            )
-        )
-    )
-    return [(row.id, row.ulid) for row in rows]
-
-
-def end_events(connection: Connection, numbers: Sequence[int]) -> None:
-    """Mark events as done that are still being sent."""
-    connection.execute(
-        update(events).where(events.c.id.in_(numbers), events.c.status == "sending").values(status="done")
-    )
-
-
-def due_now(connection: Connection, *, now: int, event_ids: Sequence[int] | None = None) -> bool:
-    """Whether anything is owed that could be done now: planning, slices, retries; paused work is not."""
-    planning = select(events.c.id).where(
-        or_(events.c.status == "planning", events.c.status == "accepted"),
-        or_(events.c.not_before.is_(None), events.c.not_before <= now),
-    )
-    sending = (
-        select(slices.c.id)
-        .join(events, events.c.id == slices.c.event_id)
-        .where(slices.c.done_at.is_(None), slices.c.due_at <= now)
-        .where(~_paused(connection))
-    )
-    retries = select(deliveries.c.n).where(deliveries.c.due_at <= now, deliveries.c.status == int(Status.PLANNED))
-    if event_ids is not None:
-        planning = planning.where(among(connection, events.c.id, event_ids))
-        sending = sending.where(among(connection, slices.c.event_id, event_ids))
-        retries = retries.where(among(connection, deliveries.c.event_id, event_ids))
-    return any(_any(connection, query) for query in (planning, sending, retries))
-
-
 def hold_event(connection: Connection, event_id: int, *, reason: str) -> None:
     """Set an event aside that can't be planned: a person must look, and it is tried again by nobody."""
     connection.execute(
@@ -587,36 +348,6 @@ def hold_event(connection: Connection, event_id: int, *, reason: str) -> None:
 
 
 # ---------------------------------------------------------------- stopping and going on
-
-
-def _paused(connection: Connection) -> ColumnElement[bool]:
-    """A clause on `events`: everything, their class or they themselves are paused (accounts: see `delivery`)."""
-    standing = connection.execute(select(pauses.c.scope, pauses.c.value)).all()
-    if any(row.scope == "all" for row in standing):
-        return true()
-    classes = [row.value for row in standing if row.scope == "class"]
-    ulids = [row.value for row in standing if row.scope == "event"]
-    return or_(events.c["class"].in_(classes), events.c.ulid.in_(ulids))
-
-
-def pauses_stand(connection: Connection) -> bool:
-    """Whether anything is paused."""
-    return connection.execute(select(pauses.c.scope).limit(1)).first() is not None
-
-
-def paused_relays(connection: Connection) -> set[str]:
-    """The names of the relays that are paused."""
-    return set(connection.execute(select(pauses.c.value).where(pauses.c.scope == "relay")).scalars())
-
-
-def wake_waiting(connection: Connection, *, reasons: Sequence[str], now: int) -> int:
-    """Make deliveries that wait for a person due now, where what they waited for has changed."""
-    return connection.execute(
-        update(deliveries)
-        .where(deliveries.c.due_at == NEVER, deliveries.c.reason.in_(list(reasons)))
-        .where(deliveries.c.status == int(Status.PLANNED))
-        .values(due_at=now, reason=None)
-    ).rowcount
 
 
 def cancel(connection: Connection, event_id: int, *, owner: int, now: int) -> int:

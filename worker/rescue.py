@@ -18,7 +18,7 @@ from redis import RedisError
 
 from subscriptions.database import Clock, Database, DatabaseUnusable
 from worker import broker as queues
-from worker import fanout, ledger, logs
+from worker import fanout, feeding, leases, ledger, logs
 from worker.fanout import Planner
 from worker.ledger import Lane
 from worker.sharedfeed import SharedFeed
@@ -115,22 +115,22 @@ class Scheduler:
             self._every("feed", self.feed_seconds, self._refresh)
         now = self.clock()
         with self.database.read() as connection:
-            plan = ledger.waits_for_plan(connection, now=now)
-            retries = ledger.retries_due(connection, now=now)
-            lanes = ledger.lanes_to_feed(connection, now=now) if self.sends else []
-            ended = ledger.ended(connection)
+            plan = feeding.waits_for_plan(connection, now=now)
+            retries = feeding.retries_due(connection, now=now)
+            lanes = feeding.lanes_to_feed(connection, now=now) if self.sends else []
+            ended = feeding.ended(connection)
         if plan and (self._planner is None or not self._planner.is_alive()):
             self._planner = threading.Thread(target=self._plan, name="planner", daemon=True)
             self._planner.start()
         if retries:
             with self.database.write() as connection:
-                ledger.gather_retries(connection, now=now)
+                feeding.gather_retries(connection, now=now)
             self.wake()
         for lane in lanes:
             self._fill(lane, now)
         if ended:
             with self.database.write() as connection:
-                ledger.end_events(connection, [number for number, _ in ended])
+                feeding.end_events(connection, [number for number, _ in ended])
             for _, ulid in ended:
                 logger.info("event.done", event_id=ulid)
 
@@ -141,7 +141,7 @@ class Scheduler:
 
     def _pauses(self) -> None:
         with self.database.read() as connection:
-            self.pause_relays(ledger.paused_relays(connection))
+            self.pause_relays(feeding.paused_relays(connection))
 
     def _refresh(self) -> None:
         if self.feed is not None:
@@ -150,22 +150,22 @@ class Scheduler:
     def _beat(self) -> None:
         before = time.monotonic()
         with self.database.write() as connection:
-            ledger.beat(connection, self.worker, now=self.clock())
+            leases.beat(connection, self.worker, now=self.clock())
         self._alive_until = before + self.lease_seconds
 
     def _rescue(self) -> None:
         now = self.clock()
         dead_before = None if self.alone else now - self.lease_seconds * 1_000_000
         with self.database.write() as connection:
-            freed = ledger.free_orphans(connection, self.worker, dead_before=dead_before, now=now)
-            ledger.forget_queued(connection, before=now - int(self.queued_seconds * 1_000_000))
+            freed = leases.free_orphans(connection, self.worker, dead_before=dead_before, now=now)
+            feeding.forget_queued(connection, before=now - int(self.queued_seconds * 1_000_000))
         if freed:
             logger.warning("rescue.freed", slices=freed, what_next="they are queued again")
 
     def forget_queue(self) -> None:
         """At the start of a process with its own queue: whatever was queued before is in no queue now."""
         with self.database.write() as connection:
-            ledger.forget_queued(connection, before=ledger.NEVER)
+            feeding.forget_queued(connection, before=ledger.NEVER)
 
     def _plan(self) -> None:
         while not self._stopping.is_set():
@@ -191,6 +191,6 @@ class Scheduler:
 
     def _fill(self, lane: Lane, now: int) -> None:
         with self.database.write() as connection:
-            chosen = ledger.take_for_queue(connection, lane, room=self.room[lane], now=now)
+            chosen = feeding.take_for_queue(connection, lane, room=self.room[lane], now=now)
         if chosen:
             queues.enqueue(self.broker, lane, chosen)

@@ -1,4 +1,4 @@
-"""The tables of the ledger: events, verdicts, deliveries, grounds, slices, flights, workers, tallies and pauses.
+"""The tables of the ledger, and of what workers share: limits of relays and domains, troubles, matters, notices.
 
 What the states mean stands in `worker.ledger`. Times are microseconds UTC. Deliveries are written when they are
 planned and when they are settled, never in between: "sending" is read from open flights.
@@ -213,6 +213,69 @@ pauses = Table(
     Column("value", Text, primary_key=True),
     Column("by", Text, nullable=False),
     Column("at", BigInteger, nullable=False),
+)
+
+paces = Table(  # a rate that all workers of the installation keep together
+    "paces",
+    metadata,
+    Column("name", Text, primary_key=True),  # relay HOST:PORT | domain NAME
+    Column("ready_at", BigInteger, nullable=False),  # when the next mail may go, had all before it been sent on time
+)
+
+relay_days = Table(
+    "relay_days",
+    metadata,
+    Column("relay", Text, primary_key=True),
+    Column("day", Integer, primary_key=True),  # days since 1970, UTC
+    Column("mails", BigInteger, nullable=False),  # begun, whatever became of them
+    sqlite_with_rowid=False,
+)
+
+domains = Table(  # destinations that refuse for now
+    "domains",
+    metadata,
+    Column("domain", Text, primary_key=True),  # A-labels
+    Column("failures", Integer, nullable=False),  # in a row
+    Column("until_at", BigInteger, nullable=False),  # no mail goes there before
+    Column("said", Text, nullable=False),  # the last answer, escaped
+)
+
+troubles = Table(  # what hinders a worker now: a relay, the queue, the feed, the disk
+    "troubles",
+    metadata,
+    Column("kind", Text, primary_key=True),  # relay | queue | feed | disk
+    Column("name", Text, primary_key=True),
+    Column("owner", Number, primary_key=True),  # the worker that sees it
+    Column("why", Text, nullable=False),  # one sentence, without secrets
+    Column("since_at", BigInteger, nullable=False),
+    Column("seen_at", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+matters = Table(  # what became of mails or accounts of an event that a person may have to look at, as it happened
+    "matters",
+    metadata,
+    Column("event_id", Number, primary_key=True),
+    Column("reason", Text, primary_key=True),
+    Column("owner", Number, primary_key=True),  # the worker that saw it; sums over owners are the counts
+    Column("n", BigInteger, nullable=False),  # how many mails (or accounts), ever
+    Column("first_at", BigInteger, nullable=False),
+    Column("last_at", BigInteger, nullable=False),
+    Index("ix_matters_last_at", "last_at"),
+    sqlite_with_rowid=False,
+)
+
+notices = Table(  # what operators were told
+    "notices",
+    metadata,
+    Column("id", Number, primary_key=True),
+    Column("made_at", BigInteger, nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("told", Text, nullable=False),  # JSON: matter -> count or state, so that nothing is told twice
+    Column("claimed_until", BigInteger, nullable=False),  # one worker sends it; after that another may
+    Column("sent_at", BigInteger),
+    Column("reply", Text),
 )
 
 api_keys = Table(

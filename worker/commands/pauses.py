@@ -68,7 +68,7 @@ def resume(
     """Go on sending; without an option what `pause` without an option stopped."""
     from sqlalchemy import delete
 
-    from worker import ledger
+    from worker import feeding, ledger
     from worker.schema import pauses
 
     with opened(ctx) as installation, installation.database.write() as connection:
@@ -83,7 +83,7 @@ def resume(
         for scope, value in wanted:
             connection.execute(delete(pauses).where(pauses.c.scope == scope, pauses.c.value == value))
         ledger.raise_guard(connection)
-        ledger.wake_waiting(connection, reasons=["paused"], now=installation.clock())
+        feeding.wake_waiting(connection, reasons=["paused"], now=installation.clock())
         rows = _standing(connection)
     _show(rows, json=json)
 

@@ -206,7 +206,7 @@ _WAITS = {
 
 def _end(app: App, totals: dict[str, int], waiting: dict[str, int]) -> None:
     """The exit code that the totals ask for, with the reason why something waits."""
-    from worker import ledger
+    from worker import feeding
 
     owed = totals.get("planned", 0) + totals.get("sending", 0)
     for reason, count in waiting.items():
@@ -216,7 +216,7 @@ def _end(app: App, totals: dict[str, int], waiting: dict[str, int]) -> None:
         say(f"{counted(rest, 'mail')} waiting: no relay is configured, set ROLECAST_RELAY_URLS")
     elif rest > 0:
         with app.database.read() as connection:
-            pause = "a pause stands (`rolecast resume` ends it), " if ledger.pauses_stand(connection) else ""
+            pause = "a pause stands (`rolecast resume` ends it), " if feeding.pauses_stand(connection) else ""
         why = f"{pause}no relay could be used, or the time was over; a worker goes on with it"
         say(f"{counted(rest, 'mail')} waiting: {why}")
     if totals.get("held"):
