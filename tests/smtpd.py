@@ -7,6 +7,7 @@ mail, a command after the wrong one), which `stop` raises. `server.on("rcpt", re
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
 import socket
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+from worker.relay import Envelope, Outcome, Relay
 from worker.settings import RelaySettings, Secret
 
 STAGES = ("connect", "ehlo", "starttls", "auth", "mail", "rcpt", "data", "body", "dot", "rset")
@@ -125,6 +127,33 @@ def delay(seconds: float) -> Act:
     return act
 
 
+def flood(octets: bytes) -> Act:
+    """The same bytes over and over, up to a gigabyte, for as long as the client listens."""
+
+    def act(talk: _Conversation, _code: int, _text: str) -> int:
+        chunk = octets * (65_536 // len(octets))
+        for _ in range(1_000_000_000 // len(chunk)):
+            talk.write(chunk)
+        raise _Over
+
+    return act
+
+
+def crowd(most: int) -> Act:
+    """At the banner: 421 to whoever comes while so many connections are open."""
+
+    def act(talk: _Conversation, code: int, text: str) -> int:
+        with talk.server.lock:
+            crowded = len(talk.server.open) > most
+        if crowded:
+            talk.say(421, "4.7.0 too many connections")
+            talk.hang_up()
+            raise _Over
+        return talk.say(code, text)
+
+    return act
+
+
 def lose_the_reply() -> Act:
     """At the dot: take the mail, and break the connection instead of saying so."""
 
@@ -177,7 +206,7 @@ class SmtpServer:
     lock: threading.Lock = field(default_factory=threading.Lock)
     _rules: list[_Rule] = field(default_factory=list)
     _seen: Counter[str] = field(default_factory=Counter)
-    _open: list[_Conversation] = field(default_factory=list)
+    open: list[_Conversation] = field(default_factory=list)
     _threads: list[threading.Thread] = field(default_factory=list)
     _listener: socket.socket | None = None
 
@@ -221,7 +250,7 @@ class SmtpServer:
     def drop_all(self, farewell: bytes = b"") -> None:
         """End every open connection, after a farewell."""
         with self.lock:
-            talks = list(self._open)
+            talks = list(self.open)
         for talk in talks:
             with suppress(OSError):
                 if farewell:
@@ -255,14 +284,15 @@ class SmtpServer:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._start(self._serve, connection)
 
     def _serve(self, connection: socket.socket) -> None:
         with self.lock:
             self.connections += 1
             talk = _Conversation(self, connection, self.connections)
-            self._open.append(talk)
-            self.most_at_once = max(self.most_at_once, len(self._open))
+            self.open.append(talk)
+            self.most_at_once = max(self.most_at_once, len(self.open))
         try:
             talk.run()
         except (_Over, OSError):
@@ -270,7 +300,7 @@ class SmtpServer:
         finally:
             talk.hang_up()
             with self.lock:
-                self._open.remove(talk)
+                self.open.remove(talk)
 
     def rule(self, stage: str, recipient: str | None) -> Act | None:
         """What the script says about this time that the stage is reached."""
@@ -496,3 +526,40 @@ class _Conversation:
         with suppress(OSError):
             self.say(221, "bye")
         raise _Over
+
+
+# ---------------------------------------------------------------- handing mail over to it
+
+BODY = b"Subject: hello\r\n\r\nHello Ada.\r\n"
+LOCKSTEP = tuple(name for name in EXTENSIONS if name != "PIPELINING")
+BULK = 2  # the lane of most tests
+
+
+def mail(recipient: str = "ada@acme.example", body: bytes = BODY, **more: Any) -> Envelope:
+    """A mail as delivery hands it over."""
+    return Envelope(sender="b+1@bounces.example", recipient=recipient, body=body, **more)
+
+
+async def hand_over(relay: Relay, *envelopes: Envelope, lane: int = BULK) -> list[Outcome]:
+    """One flight; what became of each of its mails."""
+    outcomes: list[Outcome] = []
+
+    def done(number: int, outcome: Outcome) -> None:
+        assert number == len(outcomes)
+        outcomes.append(outcome)
+
+    await relay.send(envelopes, lane=lane, done=done)
+    return outcomes
+
+
+def send(settings: RelaySettings, *envelopes: Envelope) -> list[Outcome]:
+    """One flight on a relay of its own."""
+
+    async def fly() -> list[Outcome]:
+        relay = Relay(settings, host_name="rolecast.test")
+        try:
+            return await hand_over(relay, *envelopes)
+        finally:
+            await relay.close()
+
+    return asyncio.run(fly())

@@ -1,59 +1,49 @@
-"""The hand-over to relays, against a scripted server: every stage where something can go wrong, and what it means."""
+"""Relays against a scripted server: connecting, TLS, credentials, pooled connections, limits, breaker and failover."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
-from tests.shared import shared
 from tests.smtpd import (
-    EXTENSIONS,
+    BULK,
     Act,
     SmtpServer,
     close,
+    crowd,
     delay,
     drip,
+    flood,
+    hand_over,
     hang,
     last_words,
-    lose_the_reply,
+    mail,
     raw,
     reply,
     reset,
-    stall,
+    send,
 )
 from worker import relay as relay_module
-from worker.relay import (
-    About,
-    Envelope,
-    Kind,
-    Outcome,
-    Relay,
-    RelayMisconfigured,
-    Relays,
-    RelayUnavailable,
-    stuffed,
-)
-from worker.settings import RelaySettings
+from worker import transaction
+from worker.relay import About, Kind, Outcome, Relay, RelayMisconfigured, Relays, RelayUnavailable
 
-BODY = b"Subject: hello\r\n\r\nHello Ada.\r\n"
-URGENT, NORMAL, BULK = 0, 1, 2
+URGENT, NORMAL = 0, 1
+A, T, P, U, N = Kind.ACCEPTED, Kind.TEMPORARY, Kind.PERMANENT, Kind.UNKNOWN, Kind.NOT_SENT
 
-
-HANG, STALL, CRAWL, UNENDED = hang(), stall(), drip(0.1), raw(b"250")
+HANG, CRAWL = hang(), drip(0.1)
+FLOOD, FLOODED_LINE = flood(b"250-more\r\n"), flood(b"2")
 PATIENCE = 0.25
 
 
@@ -61,9 +51,10 @@ PATIENCE = 0.25
 def short_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the clock is patched: where a test waits for the end of our patience, it comes in a quarter of a second."""
     act = getattr(request.node, "callspec", None) and request.node.callspec.params.get("act")
-    seconds = PATIENCE if act in {HANG, STALL, CRAWL, UNENDED} else 10.0
-    for name in ("CONNECT_SECONDS", "COMMAND_SECONDS", "BODY_SECONDS", "DOT_SECONDS"):
-        monkeypatch.setattr(relay_module, name, seconds)
+    seconds = PATIENCE if act in {HANG, CRAWL} else 10.0
+    monkeypatch.setattr(relay_module, "CONNECT_SECONDS", seconds)
+    for name in ("COMMAND_SECONDS", "BODY_SECONDS", "DOT_SECONDS"):
+        monkeypatch.setattr(transaction, name, seconds)
 
 
 @pytest.fixture
@@ -88,189 +79,6 @@ def certificate(authority: trustme.CA, name: str = "127.0.0.1") -> ssl.SSLContex
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert(name).configure_cert(context)
     return context
-
-
-def mail(recipient: str = "ada@acme.example", body: bytes = BODY, **more: Any) -> Envelope:
-    return Envelope(sender="b+1@bounces.example", recipient=recipient, body=body, **more)
-
-
-async def hand_over(relay: Relay, *envelopes: Envelope, lane: int = BULK) -> list[Outcome]:
-    outcomes: list[Outcome] = []
-
-    def done(number: int, outcome: Outcome) -> None:
-        assert number == len(outcomes)
-        outcomes.append(outcome)
-
-    await relay.send(envelopes, lane=lane, done=done)
-    return outcomes
-
-
-def send(settings: RelaySettings, *envelopes: Envelope) -> list[Outcome]:
-    """One flight on a relay of its own."""
-
-    async def fly() -> list[Outcome]:
-        relay = Relay(settings, host_name="rolecast.test")
-        try:
-            return await hand_over(relay, *envelopes)
-        finally:
-            await relay.close()
-
-    return asyncio.run(fly())
-
-
-# ---------------------------------------------------------------- stage by stage (reliability.md 1.6)
-
-A, T, P, U, N = Kind.ACCEPTED, Kind.TEMPORARY, Kind.PERMANENT, Kind.UNKNOWN, Kind.NOT_SENT
-RELAY, SENDER, RECIPIENT, CONTENT = About.RELAY, About.SENDER, About.RECIPIENT, About.CONTENT
-
-STAGES: list[tuple[str, Act, Kind, About, int, str]] = [
-    # at MAIL: what is refused is our sender, a lost connection means that nothing was sent
-    ("mail", reply(451), T, SENDER, 451, "mail"),
-    ("mail", reply(550), P, SENDER, 550, "mail"),
-    ("mail", reply(421), T, RELAY, 421, "mail"),
-    ("mail", last_words(421), T, RELAY, 421, "mail"),
-    ("mail", close(), N, RELAY, 0, "mail"),
-    ("mail", reset(), N, RELAY, 0, "mail"),
-    ("mail", HANG, N, RELAY, 0, "mail"),
-    ("mail", raw(b"what?\r\n"), N, RELAY, 0, "mail"),
-    ("mail", reply(354), T, RELAY, 354, "mail"),  # an answer of no use here: the session can't be trusted any more
-    # at RCPT: only here is a refusal about the recipient
-    ("rcpt", reply(450), T, RECIPIENT, 450, "rcpt"),
-    ("rcpt", reply(452), T, RECIPIENT, 452, "rcpt"),
-    ("rcpt", reply(550), P, RECIPIENT, 550, "rcpt"),
-    ("rcpt", reply(553), P, RECIPIENT, 553, "rcpt"),
-    ("rcpt", reply(251), A, CONTENT, 250, "dot"),  # "not here, will forward" is a yes
-    ("rcpt", reply(421), T, RELAY, 421, "rcpt"),
-    ("rcpt", close(), N, RELAY, 0, "rcpt"),
-    ("rcpt", reset(), N, RELAY, 0, "rcpt"),
-    ("rcpt", HANG, N, RELAY, 0, "rcpt"),
-    ("rcpt", raw(b"\xff\xfe\r\n"), N, RELAY, 0, "rcpt"),
-    # at DATA, before 354
-    ("data", reply(451), T, CONTENT, 451, "data"),
-    ("data", reply(554), P, CONTENT, 554, "data"),
-    ("data", reply(421), T, RELAY, 421, "data"),
-    ("data", reply(250), T, RELAY, 250, "data"),  # a yes that is no 354: not to be trusted
-    ("data", close(), N, RELAY, 0, "data"),
-    ("data", reset(), N, RELAY, 0, "data"),
-    ("data", HANG, N, RELAY, 0, "data"),
-    ("data", raw(b"354\x00\r\n" * 1), N, RELAY, 0, "data"),
-    # after the dot: a definite answer is one, by its first digit; everything else is unknown
-    ("dot", reply(250), A, CONTENT, 250, "dot"),
-    ("dot", reply(251), A, CONTENT, 251, "dot"),
-    ("dot", reply(299), A, CONTENT, 299, "dot"),
-    ("dot", delay(0.05), A, CONTENT, 250, "dot"),
-    ("dot", drip(0.005), A, CONTENT, 250, "dot"),
-    ("dot", last_words(250), A, CONTENT, 250, "dot"),
-    ("dot", reply(450), T, CONTENT, 450, "dot"),
-    ("dot", reply(452), T, CONTENT, 452, "dot"),
-    ("dot", reply(421), T, RELAY, 421, "dot"),
-    ("dot", reply(552), P, CONTENT, 552, "dot"),
-    ("dot", reply(554), P, CONTENT, 554, "dot"),
-    ("dot", reply(354), U, CONTENT, 354, "dot"),
-    ("dot", close(), U, RELAY, 0, "dot"),
-    ("dot", reset(), U, RELAY, 0, "dot"),
-    ("dot", HANG, U, RELAY, 0, "dot"),
-    ("dot", CRAWL, U, RELAY, 0, "dot"),
-    ("dot", raw(b"OK, thanks\r\n"), U, RELAY, 0, "dot"),
-    ("dot", UNENDED, U, RELAY, 0, "dot"),  # no line end: it may be the beginning of anything
-    ("dot", raw(b"x" * 40_000), U, RELAY, 0, "dot"),  # longer than any answer
-    ("dot", lose_the_reply(), U, RELAY, 0, "dot"),
-]
-
-
-LOCKSTEP = tuple(name for name in EXTENSIONS if name != "PIPELINING")
-
-
-@pytest.mark.parametrize("extensions", [LOCKSTEP, EXTENSIONS], ids=["lockstep", "pipelined"])
-@pytest.mark.parametrize(
-    ("stage", "act", "kind", "about", "code", "said_at"),
-    STAGES,
-    ids=[f"{number}-{row[0]}-{row[2]}" for number, row in enumerate(STAGES)],
-)
-def test_what_went_wrong_means_what_its_stage_says(
-    stage: str, act: Act, kind: Kind, about: About, code: int, said_at: str, extensions: Sequence[str]
-) -> None:
-    with SmtpServer(extensions=extensions) as server:
-        server.on(stage, act, nth=1)
-        [outcome] = send(server.relay(), mail())
-    assert (outcome.kind, outcome.code) == (kind, code)
-    # A reset takes answers with it that were on their way: with pipelining it may be seen at an earlier command.
-    lost_answers = extensions is EXTENSIONS and kind is N and said_at in {"rcpt", "data"}
-    assert outcome.stage == said_at or (lost_answers and outcome.stage in {"mail", "rcpt"})
-    if kind is not A and kind is not U:
-        assert outcome.about is about
-
-
-@pytest.mark.parametrize("stage", ["mail", "rcpt", "data", "dot"])
-@pytest.mark.parametrize("act", [reply(450), reply(550), reply(421), close(), reset(), HANG, raw(b"?\r\n")])
-def test_the_mails_behind_one_that_failed_go_out_all_the_same(server: SmtpServer, stage: str, act: Act) -> None:
-    where = {"nth": 2} if stage == "mail" else {"recipient": "b@acme.example"}
-    server.on(stage, act, **where)
-    outcomes = send(server.relay(), *(mail(f"{name}@acme.example") for name in "abc"))
-    assert (outcomes[0].kind, outcomes[2].kind) == (A, A)
-    arrived = [one.recipient for one in server.accepted]
-    assert arrived.count("a@acme.example") == arrived.count("c@acme.example") == 1
-    assert arrived.count("b@acme.example") == (1 if outcomes[1].kind is A else 0)
-
-
-@pytest.mark.parametrize("code", [450, 550])
-@pytest.mark.parametrize("stage", ["mail", "rcpt"])
-def test_a_relay_that_waits_for_a_mail_it_refused_gets_none(stage: str, code: int) -> None:
-    with SmtpServer(takes_data_anyway=True) as server:
-        server.on(stage, reply(code), nth=1)
-        outcomes = send(server.relay(), mail("a@acme.example"), mail("b@acme.example"))
-        assert [outcome.kind for outcome in outcomes] == [T if code == 450 else P, A]
-        assert [one.recipient for one in server.accepted] == ["b@acme.example"]
-        assert server.connections == 2
-
-
-def test_a_relay_without_pipelining_hears_one_command_at_a_time() -> None:
-    with SmtpServer(extensions=LOCKSTEP) as server:
-        server.on("rcpt", reply(550), nth=1)
-        outcomes = send(server.relay(), mail("a@acme.example"), mail("b@acme.example"))
-        assert [outcome.kind for outcome in outcomes] == [P, A]
-        assert server.verbs()[:7] == ["EHLO", "MAIL", "RCPT", "RSET", "MAIL", "RCPT", "DATA"]
-
-
-def test_a_definite_refusal_keeps_the_connection_and_resets_it(server: SmtpServer) -> None:
-    server.on("rcpt", reply(550, "5.1.1 nobody of that name"), recipient="gone@acme.example")
-    outcomes = send(server.relay(), mail("gone@acme.example"), mail())
-    assert outcomes[0].reply == "550 5.1.1 nobody of that name (at RCPT TO)"
-    assert outcomes[1].kind is A
-    assert server.connections == 1
-    assert server.verbs()[:8] == ["EHLO", "MAIL", "RCPT", "DATA", "RSET", "MAIL", "RCPT", "DATA"]
-
-
-@pytest.mark.parametrize("act", [close(), reset(), HANG, reply(502), raw(b"?\r\n")])
-def test_a_refusal_stands_whatever_becomes_of_the_reset(server: SmtpServer, act: Act) -> None:
-    server.on("rset", act)
-    server.on("rcpt", reply(550), nth=1)
-    outcomes = send(server.relay(), mail("gone@acme.example"), mail())
-    assert [outcome.kind for outcome in outcomes] == [P, A]
-    assert server.connections == 2
-
-
-def test_the_relays_words_are_kept_printable_and_short(server: SmtpServer) -> None:
-    server.on("dot", raw(b"250-2.0.0 t\xe4ken \x1b[31m\r\n250 " + b"x" * 2000 + b"\r\n"))
-    [outcome] = send(server.relay(), mail())
-    assert outcome.kind is A
-    assert outcome.text.startswith("2.0.0 t\\xe4ken ?[31m xxx")
-    assert len(outcome.text) == 500
-
-
-@pytest.mark.parametrize("act", [close(), reset(), STALL])
-def test_a_connection_lost_in_the_middle_of_a_large_mail_means_not_sent(server: SmtpServer, act: Act) -> None:
-    server.on("body", act)
-    [outcome] = send(server.relay(), mail(body=b"x" * 70 + b"\r\n" + b"line\r\n" * 1_500_000))
-    assert (outcome.kind, outcome.stage) == (N, "body")
-    assert server.accepted == []
-
-
-def test_a_large_mail_arrives_whole(server: SmtpServer) -> None:
-    body = b"Subject: large\r\n\r\n" + b".starts with a dot\r\n" * 100_000
-    [outcome] = send(server.relay(), mail(body=body))
-    assert outcome.kind is A
-    assert server.accepted[0].body == body
 
 
 # ---------------------------------------------------------------- connecting
@@ -435,6 +243,38 @@ def test_a_certificate_for_another_name_is_told_to_a_person(authority: trustme.C
     assert "MAIL" not in server.verbs()
 
 
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("implicit", [False, True])
+def test_a_certificate_that_expired_is_told_to_a_person(authority: trustme.CA, implicit: bool) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1", not_after=datetime(2020, 1, 1, tzinfo=UTC)).configure_cert(context)
+    with (
+        SmtpServer(certificate=context, implicit_tls=implicit) as server,
+        pytest.raises(RelayMisconfigured, match="no certificate that this machine trusts"),
+    ):
+        send(server.relay(tls="required"), mail())
+    assert "MAIL" not in server.verbs()
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize(
+    "injected",
+    [
+        b"250 ok\r\n",
+        b"250-relay.test\r\n250 AUTH PLAIN\r\n",
+        b"250 ok\r\n250 ok\r\n250 ok\r\n354 go on\r\n250 2.0.0 taken\r\n",
+    ],
+)
+def test_answers_said_before_the_encryption_are_not_heard_within_it(authority: trustme.CA, injected: bytes) -> None:
+    """Answers behind the one to STARTTLS, in the same packet, came in the clear: anybody may have written them."""
+    with encrypted(authority) as server:
+        server.on("starttls", raw(b"220 go on\r\n" + injected))
+        outcomes = send(server.relay(tls="required"), mail(), mail())
+        assert [outcome.text for outcome in outcomes] == ["2.0.0 taken", "2.0.0 taken"]
+        assert [one.tls for one in server.accepted] == [True, True]
+        assert server.verbs().count("EHLO") == 2
+
+
 def test_credentials_are_shown_once_a_connection(server: SmtpServer) -> None:
     server.users = {"ada": "p w:%@"}
     send(server.relay(user="ada", password="p w:%@"), mail(), mail())
@@ -461,208 +301,6 @@ def test_a_login_that_fails_for_now_is_no_matter_for_a_person(server: SmtpServer
     server.on("auth", act)
     with pytest.raises(RelayUnavailable, match="can't be used now"):
         send(server.relay(user="ada", password="p"), mail())
-
-
-# ---------------------------------------------------------------- what a mail may be
-
-
-def test_a_mail_larger_than_the_relay_takes_is_not_even_begun() -> None:
-    with SmtpServer(extensions=["SIZE 1000"]) as server:
-        outcomes = send(server.relay(), mail(body=b"x" * 998 + b"\r\n" + b"y\r\n"), mail())
-    assert (outcomes[0].kind, outcomes[0].about) == (P, CONTENT)
-    assert "1003 bytes, the relay takes 1000" in outcomes[0].text
-    assert [one.options for one in server.accepted] == [f"SIZE={len(BODY)}"]
-
-
-@pytest.mark.parametrize("offered", ["SIZE", "SIZE 0", "SIZE lots"])
-def test_a_relay_that_names_no_size_takes_every_size(offered: str) -> None:
-    with SmtpServer(extensions=[offered]) as server:
-        [outcome] = send(server.relay(), mail())
-    assert outcome.kind is A
-
-
-def test_an_address_that_needs_smtputf8_says_so(server: SmtpServer) -> None:
-    [outcome] = send(server.relay(), mail("jürgen@acme.example", body="To: jürgen\r\n".encode(), smtputf8=True))
-    assert outcome.kind is A
-    assert server.accepted[0].recipient == "jürgen@acme.example"
-    assert server.accepted[0].options.endswith("BODY=8BITMIME SMTPUTF8")
-
-
-def test_an_address_that_needs_smtputf8_is_refused_where_the_relay_has_it_not() -> None:
-    with SmtpServer(extensions=["8BITMIME"]) as server:
-        outcomes = send(server.relay(), mail("jürgen@acme.example", smtputf8=True), mail())
-    assert (outcomes[0].kind, outcomes[0].about) == (P, RECIPIENT)
-    assert "SMTPUTF8" in outcomes[0].text
-    assert [one.recipient for one in server.accepted] == ["ada@acme.example"]
-
-
-HOSTILE = [
-    "a@b.example> SIZE=1",
-    "a@b.example\r\nRCPT TO:<x@y.example",
-    "a@b.example\nDATA",
-    "x <a@b.example>",
-    "a@b.example\x00",
-    "a@b.example\u2028x",
-    "a b@c.example",
-]
-
-
-@pytest.mark.parametrize("address", HOSTILE)
-@pytest.mark.parametrize("place", ["sender", "recipient"])
-def test_an_address_that_could_end_its_command_never_reaches_the_relay(
-    server: SmtpServer, address: str, place: str
-) -> None:
-    envelope = mail()
-    setattr(envelope, place, address)
-    outcomes = send(server.relay(), envelope, mail())
-    assert (outcomes[0].kind, outcomes[0].about) == (P, SENDER if place == "sender" else RECIPIENT)
-    assert [one.recipient for one in server.accepted] == ["ada@acme.example"]
-    assert server.verbs().count("RCPT") == 1
-
-
-def test_no_address_of_the_torture_corpus_breaks_the_conversation(server: SmtpServer) -> None:
-    rows = json.loads(shared("corpora", "torture", "addresses-synthetic.json").read_text(encoding="utf-8"))
-    texts = [row if isinstance(row, str) else next(iter(row.values())) for row in _rows(rows)]
-    texts = [text for text in texts if text.isprintable() and text and "\ud800" not in text]
-    assert len(texts) > 20
-    outcomes = send(server.relay(), *(mail(text, smtputf8=True) for text in texts), mail("last@acme.example"))
-    assert outcomes[-1].kind is A
-    assert len(server.accepted) == sum(outcome.kind is A for outcome in outcomes)
-
-
-def _rows(value: Any) -> Iterator[Any]:
-    """Every row of every list, wherever it stands in the document."""
-    if isinstance(value, list):
-        yield from value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _rows(part)
-
-
-SMUGGLED = [
-    b"\n.\n",
-    b"\n.\r\n",
-    b"\r\n.\n",
-    b"\r.\r",
-    b"\r\n.\r",
-    b"\r.\r\n",
-    b"\r\n\x00.\r\n",
-    b"\n.\r",
-    b"\r.\n",
-    b"\r\n.\r\n",
-]
-
-
-@pytest.mark.parametrize("sequence", SMUGGLED)
-def test_no_sequence_ends_a_mail_before_its_end(server: SmtpServer, sequence: bytes) -> None:
-    second = b"MAIL FROM:<evil@x.example>\r\nRCPT TO:<victim@x.example>\r\nDATA\r\nboo\r\n.\r\n"
-    body = b"Subject: one\r\n\r\nhello" + sequence + second
-    outcomes = send(server.relay(), mail(body=body), mail())
-    if outcomes[0].kind is A:
-        assert [one.body for one in server.accepted] == [body, BODY]
-    else:  # a bare CR or LF: refused before it is begun
-        assert (outcomes[0].kind, outcomes[0].about) == (P, CONTENT)
-        assert [one.body for one in server.accepted] == [BODY]
-
-
-@hypothesis_settings(max_examples=150)
-@given(st.lists(st.sampled_from([b"\r\n", b".", b"..", b"\r\n.", b"x", b"\r\n.\r\n", b"", b"\x00", b"\n", b"\r"])))
-def test_what_arrives_is_what_was_meant_whatever_its_dots(parts: list[bytes]) -> None:
-    body = b"".join(parts)
-    wire = stuffed(body)
-    assert wire.endswith(b"\r\n.\r\n")
-    if body.replace(b"\r\n", b"").count(b"\n") + body.replace(b"\r\n", b"").count(b"\r") == 0:
-        assert wire.find(b"\r\n.\r\n") == len(wire) - 5 or wire == b"\r\n.\r\n"
-        read_back = (b"\r\n" + wire[:-3]).replace(b"\r\n.", b"\r\n")[2:]
-        assert read_back == (body if body.endswith(b"\r\n") else body + b"\r\n")
-
-
-def test_a_thousand_random_bodies_arrive_one_by_one(server: SmtpServer) -> None:
-    pieces = st.lists(
-        st.sampled_from([b"\r\n", b".", b"a", b"\r\n.\r\n", b"\r\n..", b"\n", b"\r", b"MAIL FROM:<x@y.example>\r\n"])
-    ).map(b"".join)
-    bodies: list[bytes] = []
-
-    @hypothesis_settings(max_examples=200, database=None)
-    @given(pieces)
-    def collect(body: bytes) -> None:
-        bodies.append(body)
-
-    collect()
-    outcomes = send(server.relay(), *(mail(body=body) for body in bodies))
-    good = [body for body, outcome in zip(bodies, outcomes, strict=True) if outcome.kind is A]
-    assert [one.body for one in server.accepted] == [one if one.endswith(b"\r\n") else one + b"\r\n" for one in good]
-    assert {outcome.kind for outcome in outcomes} <= {A, P}
-
-
-# ---------------------------------------------------------------- withdrawn before its last bytes
-
-
-def marker(result: bool | Exception) -> Callable[[], Any]:
-    async def mark() -> bool:
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    return mark
-
-
-def test_a_mail_is_marked_after_the_relay_said_go_on(server: SmtpServer) -> None:
-    seen: list[list[str]] = []
-
-    async def mark() -> bool:
-        seen.append(server.verbs())
-        return True
-
-    [outcome] = send(server.relay(), mail(before_dot=mark))
-    assert outcome.kind is A
-    assert seen == [["EHLO", "MAIL", "RCPT", "DATA"]]
-
-
-def test_a_refused_mail_is_never_marked(server: SmtpServer) -> None:
-    server.on("data", reply(451))
-    [outcome] = send(server.relay(), mail(before_dot=marker(AssertionError("it was marked"))))
-    assert outcome.kind is T
-
-
-def test_a_mail_withdrawn_before_its_last_bytes_is_not_sent_and_the_next_is(server: SmtpServer) -> None:
-    outcomes = send(server.relay(), mail("a@acme.example", before_dot=marker(False)), mail("b@acme.example"))
-    assert [outcome.kind for outcome in outcomes] == [N, A]
-    assert outcomes[0].stage == "body"
-    assert [one.recipient for one in server.accepted] == ["b@acme.example"]
-
-
-def test_a_mark_that_fails_does_not_leave_a_half_open_transaction_in_the_pool(server: SmtpServer) -> None:
-    async def fly() -> list[Outcome]:
-        relay = Relay(server.relay(), host_name="rolecast.test")
-        with pytest.raises(RuntimeError, match="disk"):
-            await hand_over(relay, mail("a@acme.example", before_dot=marker(RuntimeError("disk"))))
-        outcomes = await hand_over(relay, mail("b@acme.example"))
-        await relay.close()
-        return outcomes
-
-    assert [outcome.kind for outcome in asyncio.run(fly())] == [A]
-    assert [one.recipient for one in server.accepted] == ["b@acme.example"]
-
-
-@pytest.mark.parametrize("stage", ["mail", "rcpt", "dot"])
-def test_a_transaction_that_was_cancelled_is_not_continued_by_the_next_mail(server: SmtpServer, stage: str) -> None:
-    server.on(stage, delay(0.1), nth=1)
-
-    async def fly() -> list[Outcome]:
-        relay = Relay(server.relay(), host_name="rolecast.test")
-        task = asyncio.create_task(hand_over(relay, mail("a@acme.example")))
-        await asyncio.sleep(0.05)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        outcomes = await hand_over(relay, mail("b@acme.example"))
-        await relay.close()
-        return outcomes
-
-    [outcome] = asyncio.run(fly())
-    assert outcome.kind is A
-    assert server.connections == 2
 
 
 # ---------------------------------------------------------------- pooled connections and their limits
@@ -725,7 +363,7 @@ def test_a_connection_that_rested_too_long_is_not_trusted(server: SmtpServer, mo
 def test_a_late_answer_is_never_taken_for_the_answer_to_the_next_mail(
     server: SmtpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay_module, "COMMAND_SECONDS", PATIENCE)
+    monkeypatch.setattr(transaction, "COMMAND_SECONDS", PATIENCE)
     server.on("rcpt", delay(2 * PATIENCE), nth=1)
     outcomes = send(server.relay(), mail("a@acme.example"), mail("b@acme.example"))
     assert [outcome.kind for outcome in outcomes] == [N, A]
@@ -785,34 +423,401 @@ def test_one_connection_is_kept_free_for_each_other_lane(
     asyncio.run(fly())
 
 
-def test_a_rate_is_held_over_all_flights_of_a_relay(server: SmtpServer) -> None:
-    async def fly() -> float:
-        relay = Relay(server.relay(rate=100.0), host_name="rolecast.test")
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        await asyncio.gather(*(hand_over(relay, mail(), mail(), mail(), mail(), mail()) for _ in range(6)))
-        took = loop.time() - began
+# ---------------------------------------------------------------- the breaker
+
+
+def test_three_mails_lost_in_a_row_are_enough(server: SmtpServer) -> None:
+    server.on("dot", reset())
+    outcomes: list[Kind] = []
+
+    async def fly() -> str | None:
+        relay = Relay(server.relay(), host_name="rolecast.test")
+        with pytest.raises(RelayUnavailable, match=r"ends or loses the connection at each mail \(.*after the mail\)"):
+            await relay.send([mail()] * 5, lane=BULK, done=lambda _, outcome: outcomes.append(outcome.kind))
+        assert not relay.ready
         await relay.close()
-        return took
+        return relay.problem
 
-    took = asyncio.run(fly())
-    assert len(server.accepted) == 30
-    assert took >= 0.29  # the first goes at once, the thirtieth 29 hundredths of a second later
-    assert took < 2
+    problem = asyncio.run(fly())
+    assert problem is not None
+    assert server.relay().name in problem
+    assert outcomes == [U, U, U]
+    assert server.connections == 3
 
 
-@pytest.mark.parametrize(
-    ("rate", "wanted", "size"),
-    [
-        (0.0, 32, 32),  # no limit
-        (1000.0, 32, 32),  # a quarter of a second is 250 mails
-        (40.0, 32, 10),
-        (1.0, 32, 1),  # never less than one
-        (0.1, 32, 1),
-    ],
-)
-def test_a_flight_takes_no_more_than_a_quarter_second_of_the_rate(rate: float, wanted: int, size: int) -> None:
-    assert relay_module.Rate(rate).flight_size(wanted) == size
+@pytest.mark.parametrize(("act", "kind"), [(reply(421), T), (reset(), N), (HANG, N), (raw(b"?\r\n"), T)])
+def test_losses_between_accepted_mails_are_no_matter(server: SmtpServer, act: Act, kind: Kind) -> None:
+    for name in "abdegh":
+        server.on("rcpt", act, recipient=f"{name}@acme.example")
+    outcomes = send(server.relay(), *(mail(f"{name}@acme.example") for name in "abcdefghi"))
+    assert [outcome.kind for outcome in outcomes] == [kind, kind, A] * 3
+
+
+def test_refusals_of_mails_say_nothing_against_the_relay(server: SmtpServer) -> None:
+    server.on("rcpt", reply(550, "5.1.1 nobody"))
+
+    async def fly() -> None:
+        relay = Relay(server.relay(), host_name="rolecast.test")
+        assert [outcome.kind for outcome in await hand_over(relay, *[mail()] * 6)] == [P] * 6
+        assert relay.ready
+        assert relay.problem is None
+        await relay.close()
+
+    asyncio.run(fly())
+
+
+def test_one_flight_tries_a_relay_that_failed_and_the_others_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_module, "BACKOFF_SECONDS", (0.05,))
+
+    async def fly(first: SmtpServer, second: SmtpServer) -> None:
+        relays = Relays([Relay(one.relay(), host_name="rolecast.test") for one in (first, second)])
+        preferred, spare = relays.all
+        with pytest.raises(RelayUnavailable):
+            await hand_over(preferred, mail())
+        await asyncio.sleep(0.06)
+        assert preferred.ready
+        assert preferred.problem is not None
+        probe = asyncio.create_task(hand_over(preferred, mail("probe@acme.example")))
+        await until(lambda: bool(first.accepted))
+        assert relays.choose() is spare
+        with pytest.raises(RelayUnavailable):  # who chose it before the probe began
+            await hand_over(preferred, mail("early@acme.example"))
+        [outcome] = await probe
+        assert outcome.kind is A
+        assert preferred.problem is None
+        assert relays.choose() is preferred
+        await relays.close()
+
+    with SmtpServer() as first, SmtpServer() as second:
+        first.on("connect", close(), nth=1)
+        first.on("dot", _take_then_wait(0.2))
+        asyncio.run(fly(first, second))
+        assert [one.recipient for one in first.accepted] == ["probe@acme.example"]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that the server's threads do."""
+    while not condition():  # noqa: ASYNC110 - threads set no asyncio.Event
+        await asyncio.sleep(0.005)
+
+
+def _take_then_wait(seconds: float) -> Act:
+    def act(talk: Any, code: int, text: str) -> int:
+        talk.keep()
+        talk.pause(seconds)
+        talk.write(f"{code} {text}\r\n".encode())
+        return code
+
+    return act
+
+
+def test_a_probe_that_fails_leaves_the_relay_alone_for_longer(
+    server: SmtpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_module, "BACKOFF_SECONDS", (0.02, 30.0))
+    server.on("connect", close(), nth=1)
+    server.on("rcpt", reset(), nth=1)
+
+    async def fly() -> list[Outcome]:
+        relay = Relay(server.relay(), host_name="rolecast.test")
+        with pytest.raises(RelayUnavailable):
+            await hand_over(relay, mail())
+        await asyncio.sleep(0.03)
+        outcomes: list[Outcome] = []
+        with pytest.raises(RelayUnavailable):
+            await relay.send([mail(), mail()], lane=BULK, done=lambda _, outcome: outcomes.append(outcome))
+        await asyncio.sleep(0.03)
+        assert not relay.ready
+        await relay.close()
+        return outcomes
+
+    assert [outcome.kind for outcome in asyncio.run(fly())] == [N]
+    assert server.connections == 2
+
+
+def test_a_probe_that_was_cancelled_is_followed_by_another(server: SmtpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_module, "BACKOFF_SECONDS", (0.02,))
+    server.on("connect", close(), nth=1)
+    server.on("rcpt", delay(0.2), nth=1)
+
+    async def fly() -> None:
+        relay = Relay(server.relay(), host_name="rolecast.test")
+        with pytest.raises(RelayUnavailable):
+            await hand_over(relay, mail())
+        await asyncio.sleep(0.03)
+        probe = asyncio.create_task(hand_over(relay, mail()))
+        await asyncio.sleep(0.05)
+        assert not relay.ready
+        probe.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await probe
+        assert relay.ready
+        assert [outcome.kind for outcome in await hand_over(relay, mail())] == [A]
+        assert relay.problem is None
+        await relay.close()
+
+    asyncio.run(fly())
+
+
+def test_many_connections_that_fail_at_once_are_one_failure(
+    server: SmtpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_module, "BACKOFF_SECONDS", (0.02, 30.0))
+    for number in range(1, 7):
+        server.on("connect", close(), nth=number)
+
+    async def fly() -> None:
+        relay = Relay(server.relay(), host_name="rolecast.test")
+        failed = await asyncio.gather(*(hand_over(relay, mail()) for _ in range(6)), return_exceptions=True)
+        assert {type(one) for one in failed} == {RelayUnavailable}
+        await asyncio.sleep(0.05)
+        assert relay.ready
+        await relay.close()
+
+    asyncio.run(fly())
+
+
+def test_what_fails_while_a_relay_is_left_alone_does_not_prolong_it() -> None:
+    async def fail() -> None:
+        breaker = relay_module.Breaker()
+        breaker.open(longest=False)
+        until = breaker.until
+        breaker.open(longest=False)
+        assert (breaker.until, breaker.openings) == (until, 1)
+        breaker.open(longest=True)  # a person must act: that takes longer
+        assert breaker.until > until + 30
+
+    asyncio.run(fail())
+
+
+@pytest.mark.parametrize("words", ["530 5.7.0 Authentication required", "550 5.7.0 Must issue STARTTLS first"])
+def test_a_relay_that_takes_nothing_from_us_is_told_to_a_person_and_another_takes_the_mail(words: str) -> None:
+    outcomes: list[Outcome] = []
+
+    async def fly(first: SmtpServer, second: SmtpServer) -> None:
+        relays = Relays([Relay(one.relay(), host_name="rolecast.test") for one in (first, second)])
+        with pytest.raises(RelayMisconfigured, match=r"takes no mail from us .*ROLECAST_RELAY_URLS"):
+            await relays.choose().send([mail(), mail()], lane=BULK, done=lambda _, outcome: outcomes.append(outcome))
+        assert outcomes == []
+        assert relays.choose() is relays.all[1]
+        assert [outcome.kind for outcome in await hand_over(relays.choose(), mail(), mail())] == [A, A]
+        await relays.close()
+
+    with SmtpServer() as first, SmtpServer() as second:
+        first.on("mail", reply(int(words[:3]), words[4:]))
+        asyncio.run(fly(first, second))
+        assert first.verbs().count("MAIL") == 1
+        assert len(second.accepted) == 2
+
+
+# ---------------------------------------------------------------- a relay that takes fewer connections (R18)
+
+
+def test_too_many_connections_are_fewer_from_then_on_and_no_mail_fails(
+    server: SmtpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_module, "ASIDE_SECONDS", 0.05)
+    server.on("connect", crowd(3))
+    server.on("dot", delay(0.005))
+
+    async def fly() -> None:
+        relay = Relay(server.relay(connections=8), host_name="rolecast.test")
+        flights = [hand_over(relay, *[mail()] * 4, lane=lane % 3) for lane in range(24)]
+        for outcomes in await asyncio.gather(*flights):
+            assert [outcome.kind for outcome in outcomes] == [A] * 4
+        assert relay.ready
+        assert relay.problem is None
+        await relay.close()
+
+    asyncio.run(fly())
+    assert len(server.accepted) == 96
+    assert server.connections < 96
+
+
+def test_who_was_told_too_many_asks_again_only_after_mails_were_accepted(
+    server: SmtpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_module, "ASIDE_SECONDS", 0.01)
+    server.on("connect", last_words(421, "too many connections"), nth=3)
+    server.on("dot", _take_then_wait(0.2))
+
+    async def fly() -> None:
+        relay = Relay(server.relay(connections=3), host_name="rolecast.test", lanes=1)
+        flights = [asyncio.create_task(hand_over(relay, mail())) for _ in range(2)]
+        await until(lambda: len(server.accepted) == 2)
+        flights += [asyncio.create_task(hand_over(relay, mail())) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        assert server.connections == 3
+        await asyncio.gather(*flights)
+        await asyncio.gather(*(hand_over(relay, mail()) for _ in range(3)))
+        await relay.close()
+
+    asyncio.run(fly())
+    assert len({one.connection for one in server.accepted[:4]}) == 2
+    assert len({one.connection for one in server.accepted[4:]}) == 3
+
+
+def test_a_relay_that_has_had_enough_on_every_connection_is_left_alone(server: SmtpServer) -> None:
+    server.on("rcpt", reply(450, "4.7.1 Error: too much mail from 127.0.0.1"))
+
+    async def fly() -> None:
+        relay = Relay(server.relay(connections=3), host_name="rolecast.test")
+        outcomes: list[Outcome] = []
+
+        async def flight(lane: int) -> None:
+            with pytest.raises(RelayUnavailable, match="too much mail"):
+                await relay.send([mail()] * 32, lane=lane, done=lambda _, outcome: outcomes.append(outcome))
+
+        await asyncio.gather(*(flight(lane) for lane in (URGENT, NORMAL, BULK)))
+        assert {(outcome.kind, outcome.about) for outcome in outcomes} == {(T, About.RELAY)}
+        assert len(outcomes) < 12
+        assert not relay.ready
+        await relay.close()
+
+    asyncio.run(fly())
+
+
+def test_the_limit_falls_by_one_and_grows_back_with_accepted_mails() -> None:
+    async def fly() -> None:
+        places = relay_module.Places(4, lanes=3)
+        async with places.one(URGENT), places.one(BULK):
+            for expected in (3, 2, 2, 2):  # one for each lane at work stays
+                places.shrink()
+                assert places.limit == expected
+        for _ in range(3):
+            places.shrink()
+        assert places.limit == 1
+        grown = []
+        for _ in range(12):
+            places.grow()
+            grown.append(int(places.limit))
+        assert grown == [2, 2, 2, 3, 3, 3, 4, 4, 4, 4, 4, 4]
+
+    asyncio.run(fly())
+
+
+def test_a_relay_that_takes_no_connection_at_all_is_left_alone(
+    server: SmtpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_module, "ASIDE_SECONDS", 0.05)
+    server.on("connect", crowd(0))
+
+    async def fly() -> None:
+        relay = Relay(server.relay(), host_name="rolecast.test")
+        failed = await asyncio.gather(*(hand_over(relay, mail()) for _ in range(6)), return_exceptions=True)
+        assert all(isinstance(one, RelayUnavailable) for one in failed)
+        assert not relay.ready
+        await relay.close()
+
+    asyncio.run(fly())
+
+
+def test_a_cancelled_wait_for_a_place_gives_none_away() -> None:
+    async def fly() -> None:
+        places = relay_module.Places(2, lanes=1)
+
+        async def stay(leave: asyncio.Event, *, aside: bool) -> None:
+            async with places.one(BULK):
+                if aside:
+                    async with places.aside(BULK):
+                        await leave.wait()
+                await leave.wait()
+
+        never, now = asyncio.Event(), asyncio.Event()
+        now.set()
+        holding = [asyncio.create_task(stay(never, aside=False)) for _ in range(2)]
+        await asyncio.sleep(0)
+        waiting = [asyncio.create_task(stay(never, aside=False)) for _ in range(3)]
+        await asyncio.sleep(0)
+        holding[0].cancel()  # at the same moment as who would get its place
+        await asyncio.sleep(0)
+        for task in (*waiting, holding[1]):
+            task.cancel()
+        await asyncio.gather(*holding, *waiting, return_exceptions=True)
+        aside = [asyncio.create_task(stay(never, aside=True)) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert (await asyncio.gather(*(stay(now, aside=False) for _ in range(4)))) == [None] * 4
+        for task in aside:
+            task.cancel()
+        await asyncio.gather(*aside, return_exceptions=True)
+        async with places.one(BULK), places.one(BULK):
+            third = asyncio.create_task(stay(now, aside=False))
+            await asyncio.sleep(0.01)
+            assert not third.done()
+        await third
+
+    asyncio.run(fly())
+
+
+# ---------------------------------------------------------------- a relay that hangs, crawls or floods (R15)
+
+
+@pytest.mark.parametrize("stage", ["connect", "ehlo", "auth"])
+@pytest.mark.parametrize("act", [CRAWL, FLOOD, FLOODED_LINE])
+def test_a_relay_that_crawls_or_floods_is_left_within_the_time_of_its_stage(
+    server: SmtpServer, stage: str, act: Act
+) -> None:
+    server.users = {"ada": "p"}
+    server.on(stage, act)
+    with measured() as most, pytest.raises(RelayUnavailable):
+        send(server.relay(user="ada", password="p"), mail())
+    assert most() < 10_000_000
+
+
+@pytest.mark.parametrize("stage", ["mail", "rcpt", "data", "dot", "rset"])
+@pytest.mark.parametrize("act", [FLOOD, FLOODED_LINE])
+def test_a_flood_within_a_mail_costs_little_memory(server: SmtpServer, stage: str, act: Act) -> None:
+    server.on(stage, act, nth=1)
+    if stage == "rset":
+        server.on("rcpt", reply(550), nth=1)
+    with measured() as most:
+        outcomes = send(server.relay(), mail(), mail())
+    assert [outcome.kind for outcome in outcomes] == [{"dot": U, "rset": P}.get(stage, T), A]
+    assert most() < 10_000_000
+
+
+def test_all_steps_to_a_ready_connection_share_one_time(server: SmtpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_module, "READY_SECONDS", 0.2)
+    for stage in ("connect", "ehlo"):
+        server.on(stage, delay(0.15))
+    with pytest.raises(RelayUnavailable, match="no answer in time"):
+        send(server.relay(), mail())
+
+
+@pytest.mark.parametrize("stage", ["connect", "mail", "dot"])
+def test_connections_that_hang_leave_the_other_lanes_theirs(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Urgent and normal mail goes out while every connection that bulk mail may have hangs."""
+    with SmtpServer() as server:
+        for number in range(1, 7):
+            server.on(stage, hang(), nth=number)
+
+        async def fly() -> None:
+            relay = Relay(server.relay(connections=8), host_name="rolecast.test")
+            hanging = [asyncio.create_task(hand_over(relay, mail("bulk@acme.example"))) for _ in range(20)]
+            await until(lambda: server.connections == 6 and (stage == "connect" or server.verbs().count("MAIL") == 6))
+            await asyncio.sleep(0.02)
+            for lane in (URGENT, NORMAL, URGENT):
+                assert [outcome.kind for outcome in await hand_over(relay, mail(), mail(), lane=lane)] == [A, A]
+            assert not any(task.done() for task in hanging)
+            for task in hanging:
+                task.cancel()
+            await asyncio.gather(*hanging, return_exceptions=True)
+            await relay.close()
+
+        asyncio.run(fly())
+        assert {one.recipient for one in server.accepted} == {"ada@acme.example"}
+
+
+@contextmanager
+def measured() -> Iterator[Callable[[], int]]:
+    """The most memory that was allocated at once within the block, in bytes."""
+    tracemalloc.start()
+    most = 0
+    try:
+        yield lambda: most
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 # ---------------------------------------------------------------- several relays
@@ -896,7 +901,8 @@ def test_the_mails_that_could_not_be_begun_are_not_reported(server: SmtpServer) 
     assert [one.recipient[0] for one in server.accepted] == ["a"]
 
 
-def test_nothing_is_left_open_after_a_relay_was_closed(server: SmtpServer) -> None:
+def test_nothing_is_left_open_after_a_relay_was_closed(server: SmtpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_module, "BACKOFF_SECONDS", (0.0,))
     server.on("rcpt", reset(), nth=2)
     server.on("ehlo", close(), nth=2)
 

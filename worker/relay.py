@@ -1,13 +1,12 @@
-"""The hand-over to relays by SMTP (RFC 5321); the only module that knows aiosmtplib.
+"""The relays: connections and their limits, failover, and when a failing relay is tried again.
 
-aiosmtplib connects, negotiates TLS, authenticates and says EHLO; after that the connection's transport is taken over by
-`Channel`, which speaks the mail transaction itself. The reason: an outcome depends on the stage at which it was said
-(a connection lost before the final dot means "not sent", after it "unknown"), and the library raises the same error for
-both (reliability.md 1.6). All errors of the library are translated here, once:
+aiosmtplib connects, negotiates TLS, says EHLO and authenticates; only this module knows it. After that the connection
+belongs to `worker.transaction`, which speaks the mail transaction itself. All errors of the library are translated
+here, once:
 
     RelayError
     +-- RelayUnavailable   nothing can be handed over now: a connection failed, the relay said "later" (421)
-    +-- RelayMisconfigured a person must act: TLS refused or wrong, credentials refused, no relay
+    +-- RelayMisconfigured a person must act: TLS refused or wrong, credentials refused or missing, no relay
 
 What became of one mail is an `Outcome`, never an exception.
 """
@@ -15,39 +14,49 @@ What became of one mail is an `Outcome`, never an exception.
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import ssl
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import NoReturn, cast
 
 import aiosmtplib
 
 from worker import logs
 from worker.settings import RelaySettings
+from worker.transaction import WITHDRAWN, About, Channel, Envelope, Kind, Outcome, printable
+
+__all__ = [
+    "About",
+    "Channel",
+    "Envelope",
+    "Kind",
+    "Outcome",
+    "Places",
+    "Relay",
+    "RelayError",
+    "RelayMisconfigured",
+    "RelayUnavailable",
+    "Relays",
+]
 
 logger = logs.get(__name__)
 
 CONNECT_SECONDS = 30.0
-COMMAND_SECONDS = 60.0
-#: For the answers to MAIL, RCPT, DATA and RSET.
-BODY_SECONDS = 180.0
-#: For the relay to take the bytes of a large body (RFC 5321, 4.5.3.2.5).
-LARGE_BYTES = 65_536
-#: A longer body has left this process before its final dot is written: what is lost meanwhile was not sent.
-DOT_SECONDS = 600.0
-#: For the answer to the final dot (RFC 5321, 4.5.3.2.6): giving up earlier would make second copies.
-CLOSE_SECONDS = 2.0
-#: For a closed connection to end politely.
+#: For each step until a connection is ready: TCP and banner, EHLO, STARTTLS, AUTH.
+READY_SECONDS = 60.0
+#: For all of these steps together.
 IDLE_SECONDS = 20.0
 #: A pooled connection that rested longer is closed: relays drop idle ones, often without a word.
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 15.0, 30.0, 60.0)
 #: How long a relay that failed is left alone, by failures in a row.
-REPLY_BYTES = 32_768
-#: The longest answer that is read; a longer one is garbage.
+ASIDE_SECONDS = 1.0
+#: How long who was told "too many connections" waits for one of ours before it asks for another again.
+STRIKES = 3
+#: So many transactions lost in a row, with no mail accepted between them, and the relay is left alone.
 
 
 class RelayError(Exception):
@@ -62,394 +71,145 @@ class RelayMisconfigured(RelayError):  # noqa: N818 - reads as the sentence it i
     """Nothing can be handed over until a person changes a setting; it is still tried again, seldom."""
 
 
-class Kind(StrEnum):
-    """What became of one mail."""
-
-    ACCEPTED = "accepted"  # the relay said 2yz to the final dot: it is responsible now
-    TEMPORARY = "temporary"  # refused for now: send again later
-    PERMANENT = "permanent"  # refused for good
-    UNKNOWN = "unknown"  # the final dot was written and no readable answer came
-    NOT_SENT = "not_sent"  # the connection was lost, or the mail withdrawn, before the final dot
+class _Crowded(RelayUnavailable):
+    """The relay takes no further connection of ours (R18); those that are open may go on."""
 
 
-class About(StrEnum):
-    """What a refusal is about; only `recipient` may ever count against an address."""
-
-    RECIPIENT = "recipient"
-    SENDER = "sender"
-    CONTENT = "content"
-    RELAY = "relay"
-
-
-_STAGES = {
-    "mail": "at MAIL FROM",
-    "rcpt": "at RCPT TO",
-    "data": "at DATA",
-    "body": "within the mail",
-    "dot": "after the mail",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one mail, with the relay's own words."""
-
-    kind: Kind
-    about: About
-    code: int = 0  # the reply code, 0 where there was none
-    text: str = ""  # the reply, printable, at most 500 characters
-    stage: str = "dot"  # mail | rcpt | data | body | dot
-
-    @property
-    def reply(self) -> str:
-        """Code and text as one line for the ledger, with the stage where the mail was not accepted."""
-        said = f"{self.code} {self.text}".strip() if self.code else self.text
-        return said if self.kind is Kind.ACCEPTED else f"{said} ({_STAGES[self.stage]})"
-
-
-@dataclass(slots=True)
-class Envelope:
-    """One mail as it is handed over: to one recipient, CRLF lines, not yet dot-stuffed."""
-
-    sender: str
-    recipient: str
-    body: bytes
-    smtputf8: bool = False
-    before_dot: Callable[[], Awaitable[bool]] | None = None
-    """Awaited after the relay said 354 and before the first byte of the body; False withdraws the mail."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """One answer of the server."""
-
-    code: int
-    text: str
-
-
-class _Lost(Exception):  # noqa: N818 - a fact about the connection, used inside this module only
-    """The connection broke or the answer could not be read; `readable` is False for garbage."""
-
-
-class Channel(asyncio.Protocol):
-    """The SMTP transaction, spoken on a connection that aiosmtplib made ready."""
-
-    def __init__(self, transport: asyncio.Transport, *, extensions: frozenset[str], size: int) -> None:
-        self._transport = transport
-        self._extensions = extensions
-        self._size = size
-        self._buffer = bytearray()
-        self._waiting: deque[asyncio.Future[Reply]] = deque()  # one for each answer that is due, in order
-        self._broken: str | None = None
-        self._drained = asyncio.Event()
-        self._drained.set()
-        self._gone = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-        self.rested_since = self._loop.time()
-        transport.set_protocol(self)
-        # Not 0: asyncio's TLS takes "at least 0 bytes wait" for full, and would pause and go on by turns.
-        transport.set_write_buffer_limits(high=1, low=0)
-        transport.resume_reading()
-
-    # ------------------------------------------------------------ asyncio's side
-
-    def data_received(self, data: bytes) -> None:
-        """Bytes of the server: whole answers go to who waits; anything unreadable breaks the connection."""
-        self._buffer += data
-        if len(self._buffer) > REPLY_BYTES:
-            self._break("the answer is too long")
-            return
-        while (end := _end_of_reply(self._buffer)) != 0:
-            if end < 0:
-                self._break("the answer is not SMTP: " + printable(bytes(self._buffer[:100])))
-                return
-            reply = _parse_reply(bytes(self._buffer[:end]))
-            del self._buffer[:end]
-            if not self._waiting or self._waiting[0].done():
-                # An answer that nobody asked for could be paired with the wrong command.
-                self._break(f"an answer came unasked: {reply.code} {reply.text}")
-                return
-            self._waiting.popleft().set_result(reply)
-
-    def eof_received(self) -> bool:
-        """The server closed its side."""
-        self._break("the server closed the connection")
-        return False
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """The connection is gone."""
-        self._break(f"the connection was lost ({error})" if error else "the connection was lost")
-        self._gone.set()
-
-    def pause_writing(self) -> None:
-        """The system takes no more bytes for now."""
-        self._drained.clear()
-
-    def resume_writing(self) -> None:
-        """The system took all the bytes."""
-        self._drained.set()
-
-    def _break(self, why: str) -> None:
-        if self._broken is None:
-            self._broken = why
-            self._transport.abort()
-        self._drained.set()
-        while self._waiting:
-            waiter = self._waiting.popleft()
-            if not waiter.done():
-                waiter.set_exception(_Lost(self._broken))
-                waiter.exception()  # who waits for an earlier answer may never look at this one
-
-    # ------------------------------------------------------------ the transaction
-
-    @property
-    def usable(self) -> bool:
-        """Whether another mail can be sent here."""
-        return self._broken is None and not self._transport.is_closing()
-
-    def supports(self, extension: str) -> bool:
-        """Whether the relay offered an extension in its answer to EHLO."""
-        return extension in self._extensions
-
-    async def send(self, envelope: Envelope) -> Outcome:
-        """Hand one mail over (RFC 5321, 3.3); the outcome says what became of it and at which stage it was said."""
-        stage = "mail"
-        try:
-            refused = self._refused_ahead(envelope) or await self._announce(envelope)
-            if refused is not None:
-                return refused
-            stage = "body"
-            if envelope.before_dot is not None and not await envelope.before_dot():
-                self._break("the mail was withdrawn")
-                return Outcome(Kind.NOT_SENT, About.RELAY, text="withdrawn before its last bytes", stage=stage)
-            rest = await self._all_but_the_dot(stuffed(envelope.body))
-            stage = "dot"
-            reply = await self._ask(rest, seconds=DOT_SECONDS)
-        except (_Lost, TimeoutError, OSError) as error:
-            return self._lost(stage, error)
-        except BaseException:
-            self._break("the transaction was interrupted")  # what is written next would belong to this mail
-            raise
-        finally:
-            self.rested_since = self._loop.time()
-        return _answer_to_dot(reply)
-
-    async def _announce(self, envelope: Envelope) -> Outcome | None:
-        """Say MAIL, RCPT and DATA; None where the relay waits for the mail, else what became of it.
-
-        All three go in one packet where the relay offers PIPELINING (RFC 2920), and every answer is waited for.
-        """
-        commands = (
-            ("mail", About.SENDER, _mail_command(envelope, with_size="size" in self._extensions)),
-            ("rcpt", About.RECIPIENT, f"RCPT TO:<{envelope.recipient}>\r\n".encode()),
-            ("data", About.CONTENT, b"DATA\r\n"),
-        )
-        together = self.supports("pipelining")
-        waiters = self._put(b"".join(command for _, _, command in commands), 3) if together else []
-        refused: tuple[Reply, str, About] | None = None
-        for number, (stage, about, command) in enumerate(commands):
-            try:
-                reply = await self._answer(waiters[number] if together else self._put(command, 1)[0], COMMAND_SECONDS)
-            except (_Lost, TimeoutError, OSError) as error:
-                if refused is None:
-                    return self._lost(stage, error)
-                break  # it refused, then hung up
-            if refused is not None:
-                if reply.code == 354:
-                    self._break("the relay waits for a mail that it refused")
-            elif (reply.code != 354) if stage == "data" else (reply.code // 100 != 2):
-                refused = reply, stage, about
-                if not together:
-                    break
-        return await self._refused(*refused) if refused is not None else None
-
-    async def _all_but_the_dot(self, data: bytes) -> bytes:
-        """Write a large body up to its final dot; the bytes that remain to be written."""
-        if len(data) <= LARGE_BYTES:
-            return data
-        self._transport.write(data[:-3])
-        async with asyncio.timeout(BODY_SECONDS):
-            await self._drained.wait()
-        if self._broken is not None:
-            raise _Lost(self._broken)
-        return data[-3:]
-
-    def close(self) -> None:
-        """Say QUIT without waiting for the answer: nothing depends on it (RFC 5321, 4.1.1.10)."""
-        if self.usable:
-            self._transport.write(b"QUIT\r\n")
-        self._broken = self._broken or "closed"
-        self._transport.close()
-
-    async def gone(self) -> None:
-        """Wait until a closed connection has ended; one that does not in time is broken off."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self._gone.wait()
-        self._transport.abort()
-
-    def _refused_ahead(self, envelope: Envelope) -> Outcome | None:
-        for address, about in ((envelope.sender, About.SENDER), (envelope.recipient, About.RECIPIENT)):
-            if _NOT_AN_ADDRESS.search(address):
-                text = f"5.1.3 {printable(address.encode())!r} can't stand in an SMTP command"
-                return Outcome(Kind.PERMANENT, about, text=text, stage="mail")
-        if not envelope.body.count(b"\r") == envelope.body.count(b"\n") == envelope.body.count(b"\r\n"):
-            text = "5.6.0 the mail has a line that does not end in CRLF"  # a relay could read two mails in it
-            return Outcome(Kind.PERMANENT, About.CONTENT, text=text, stage="mail")
-        if envelope.smtputf8 and not self.supports("smtputf8"):
-            text = "5.6.7 the address needs SMTPUTF8, which the relay does not offer"
-            return Outcome(Kind.PERMANENT, About.RECIPIENT, text=text, stage="mail")
-        if self._size and len(envelope.body) > self._size:
-            text = f"5.3.4 the mail has {len(envelope.body)} bytes, the relay takes {self._size}"
-            return Outcome(Kind.PERMANENT, About.CONTENT, text=text, stage="mail")
-        return None
-
-    async def _refused(self, reply: Reply, stage: str, about: About) -> Outcome:
-        if reply.code == 421 or reply.code // 100 not in {4, 5}:
-            self._break("the relay ended the session")
-            return Outcome(Kind.TEMPORARY, About.RELAY, reply.code, reply.text, stage)
-        with suppress(_Lost, TimeoutError, OSError):  # the outcome stands, whatever becomes of the connection
-            if (await self._ask(b"RSET\r\n")).code // 100 != 2:
-                self._break("the relay did not reset the session")
-        kind = Kind.TEMPORARY if reply.code // 100 == 4 else Kind.PERMANENT
-        return Outcome(kind, about, reply.code, reply.text, stage)
-
-    def _lost(self, stage: str, error: BaseException) -> Outcome:
-        why = "no answer in time" if isinstance(error, TimeoutError) else str(error)
-        self._break(why)
-        kind = Kind.UNKNOWN if stage == "dot" else Kind.NOT_SENT
-        return Outcome(kind, About.RELAY, text=printable(why.encode()), stage=stage)
-
-    async def _ask(self, data: bytes, *, seconds: float | None = None) -> Reply:
-        return await self._answer(self._put(data, 1)[0], COMMAND_SECONDS if seconds is None else seconds)
-
-    def _put(self, data: bytes, answers: int) -> list[asyncio.Future[Reply]]:
-        """Write commands that so many answers are due to."""
-        if self._broken is not None:
-            raise _Lost(self._broken)
-        waiters = [self._loop.create_future() for _ in range(answers)]
-        self._waiting.extend(waiters)
-        self._transport.write(data)
-        return waiters
-
-    async def _answer(self, waiter: asyncio.Future[Reply], seconds: float) -> Reply:
-        timer = self._loop.call_later(seconds, _too_late, waiter)
-        try:
-            return await waiter
-        finally:
-            timer.cancel()
-
-
-def _too_late(waiter: asyncio.Future[Reply]) -> None:
-    if not waiter.done():
-        waiter.set_exception(TimeoutError())
-
-
-_NOT_AN_ADDRESS = re.compile(r"[\s<>\x00-\x1f\x7f-\x9f]")
-#: What could end the address, or the command, before its time.
-_REPLY_LINE = re.compile(rb"[2-5][0-9]{2}(?:[ -][^\r\n]*)?\Z")
-
-
-def _end_of_reply(buffer: bytearray) -> int:
-    """Where the first whole answer ends: 0 = not yet, -1 = this is no SMTP answer (RFC 5321, 4.2)."""
-    start = 0
-    while (line_end := buffer.find(b"\n", start)) >= 0:
-        line = bytes(buffer[start:line_end]).rstrip(b"\r")
-        if not _REPLY_LINE.match(line):
-            return -1
-        if line[3:4] != b"-":
-            return line_end + 1
-        start = line_end + 1
-    return 0
-
-
-def _parse_reply(raw: bytes) -> Reply:
-    lines = raw.splitlines()
-    text = " ".join(printable(line[4:]) for line in lines if line[4:])
-    return Reply(int(lines[-1][:3]), text[:500])
-
-
-def printable(raw: bytes) -> str:
-    """Bytes of a stranger as text without control characters."""
-    return "".join(letter if letter.isprintable() else "?" for letter in raw.decode("utf-8", "backslashreplace"))
-
-
-def stuffed(body: bytes) -> bytes:
-    """A body with its leading dots doubled and the final dot (RFC 5321, 4.5.2)."""
-    if b"\n." in body:
-        body = body.replace(b"\r\n.", b"\r\n..")
-    if body.startswith(b"."):
-        body = b"." + body
-    return body + (b".\r\n" if body.endswith(b"\r\n") else b"\r\n.\r\n")
-
-
-def _mail_command(envelope: Envelope, *, with_size: bool) -> bytes:
-    size = f" SIZE={len(envelope.body)}" if with_size else ""
-    utf8 = " BODY=8BITMIME SMTPUTF8" if envelope.smtputf8 else ""
-    return f"MAIL FROM:<{envelope.sender}>{size}{utf8}\r\n".encode()
-
-
-def _answer_to_dot(reply: Reply) -> Outcome:
-    """The first digit decides (RFC 5321, 4.2.1)."""
-    kinds = {2: Kind.ACCEPTED, 4: Kind.TEMPORARY, 5: Kind.PERMANENT}
-    kind = kinds.get(reply.code // 100, Kind.UNKNOWN)
-    about = About.RELAY if reply.code == 421 else About.CONTENT
-    return Outcome(kind, about, reply.code, reply.text, "dot")
-
-
-# ---------------------------------------------------------------- connections and their limits
+# ---------------------------------------------------------------- limits
 
 
 @dataclass(slots=True)
 class Places:
-    """The connections of one worker process, shared by its lanes: one is kept free for each other lane."""
+    """The connections of one worker process, shared by its lanes: one is kept free for each other lane.
+
+    The limit falls by one when the relay says that we have too many, and grows back with the mails that it accepts.
+    """
 
     total: int
     lanes: int
-    _taken: dict[int, int] = field(default_factory=dict)
-    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    limit: float = 0.0  # as it stands now, at most `total`
+    _taken: Counter[int] = field(default_factory=Counter)
+    _waiting: deque[tuple[int, asyncio.Future[None]]] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.limit = float(self.total)
 
     @asynccontextmanager
     async def one(self, lane: int) -> AsyncIterator[None]:
         """Hold a place for as long as the block lasts."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._free(lane))
-            self._taken[lane] = self._taken.get(lane, 0) + 1
+        await self._take(lane)
         try:
             yield
         finally:
-            async with self._changed:
-                self._taken[lane] -= 1
-                self._changed.notify_all()
+            self._give(lane)
+
+    @asynccontextmanager
+    async def aside(self, lane: int) -> AsyncIterator[None]:
+        """Within `one`: leave the place to others for as long as the block lasts, then wait for one again."""
+        self._give(lane)
+        taken = False
+        try:
+            yield
+            await self._take(lane)
+            taken = True
+        finally:
+            if not taken:
+                self._taken[lane] += 1  # for `one`, which ends now and gives it back
+
+    def shrink(self) -> bool:
+        """One fewer, but never fewer than one for each lane that is at work; whether there was one to spare."""
+        before, at_work = self.limit, sum(count > 0 for count in self._taken.values())
+        self.limit = min(before, max(1.0, float(at_work), before - 1.0))
+        return self.limit < before
+
+    def grow(self) -> None:
+        """A mail was accepted: after as many mails as there are connections, one more is tried."""
+        if self.limit < self.total:
+            self.limit = min(float(self.total), self.limit + 1.0 / self.limit)
+            self._hand_out()
+
+    async def _take(self, lane: int) -> None:
+        if self._free(lane):
+            self._taken[lane] += 1
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiting.append((lane, waiter))
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():
+                self._give(lane)  # it was handed over at the same moment
+            raise
+        finally:
+            self._waiting.remove((lane, waiter))
+
+    def _give(self, lane: int) -> None:
+        self._taken[lane] -= 1
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        for lane, waiter in self._waiting:
+            if not waiter.done() and self._free(lane):
+                self._taken[lane] += 1
+                waiter.set_result(None)
 
     def _free(self, lane: int) -> bool:
-        taken, held = sum(self._taken.values()), self._taken.get(lane, 0)
-        if not held:
-            return taken < self.total
+        taken, limit = sum(self._taken.values()), int(self.limit)
+        if not self._taken[lane]:
+            return taken < limit
         others_without = self.lanes - sum(count > 0 for count in self._taken.values())
-        return taken + 1 + others_without <= self.total
+        return taken + 1 + others_without <= limit
 
 
 @dataclass(slots=True)
-class Rate:
-    """A token bucket: at most `per_second` mails a second, tokens taken for a whole flight."""
+class Breaker:
+    """Whether a relay may be tried: closed (yes), open (not before a time), then half-open (by one flight only)."""
 
-    per_second: float
-    _ready_at: float = 0.0
+    openings: int = 0  # in a row; 0 = closed
+    until: float = 0.0  # on the loop's clock
+    strikes: int = 0  # transactions lost since a mail was accepted
+    _probe: object | None = None  # the flight that tries, while half-open
 
-    async def take(self, count: int) -> None:
-        """Wait until `count` mails may go."""
-        if not self.per_second:
-            return
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        starts = max(now, self._ready_at)
-        self._ready_at = starts + count / self.per_second
-        await asyncio.sleep(max(0.0, starts - now))
+    @property
+    def ready(self) -> bool:
+        """Whether a flight may begin now."""
+        return not self.openings or (self._probe is None and asyncio.get_running_loop().time() >= self.until)
 
-    def flight_size(self, wanted: int) -> int:
-        """The largest flight that takes no more than a quarter of a second of the rate."""
-        return wanted if not self.per_second else max(1, min(wanted, int(self.per_second / 4)))
+    def enter(self, flight: object) -> bool:
+        """Whether this flight may go on to a connection; the first one while half-open becomes the probe."""
+        if self.openings and self._probe is not flight:
+            if not self.ready:
+                return False
+            self._probe = flight
+        return True
+
+    def leave(self, flight: object) -> None:
+        """A flight ended; where it was the probe and learned nothing, the next one tries."""
+        if self._probe is flight:
+            self._probe = None
+
+    def probes(self, flight: object) -> bool:
+        """Whether this flight is the one that tries."""
+        return self._probe is flight
+
+    def open(self, *, longest: bool) -> float:
+        """Something failed: leave the relay alone for a while; how many seconds. What fails meanwhile adds nothing."""
+        now = asyncio.get_running_loop().time()
+        if not self.openings or now >= self.until:
+            self.openings += 1
+        elif not longest:
+            return self.until - now
+        step = -1 if longest else min(self.openings, len(BACKOFF_SECONDS)) - 1
+        seconds = BACKOFF_SECONDS[step] * random.uniform(1.0, 1.1)  # noqa: S311 - spreads the workers' attempts
+        self.until, self.strikes, self._probe = now + seconds, 0, None
+        return seconds
+
+    def close(self) -> None:
+        """The relay works."""
+        self.openings, self.strikes, self._probe = 0, 0, None
+
+
+# ---------------------------------------------------------------- one relay
 
 
 class Relay:
@@ -458,20 +218,22 @@ class Relay:
     def __init__(self, settings: RelaySettings, *, host_name: str, lanes: int = 3) -> None:
         self.settings = settings
         self.name = settings.name
-        self.rate = Rate(settings.rate)
         self.paused = False
         self.problem: str | None = None
+        """Why it is not used, while its breaker is not closed: what an operator is told."""
         self._host_name = host_name
         self._places = Places(settings.connections, lanes)
+        self._breaker = Breaker()
         self._resting: list[Channel] = []
-        self._failures = 0
-        self._retry_at = 0.0
+        self._busy: set[Channel] = set()
+        self._connecting = 0
+        self._aside: deque[asyncio.Future[None]] = deque()  # who waits for a connection to come to rest
         self._context: ssl.SSLContext | None = None
 
     @property
     def ready(self) -> bool:
         """Whether it may be tried now."""
-        return not self.paused and asyncio.get_running_loop().time() >= self._retry_at
+        return not self.paused and self._breaker.ready
 
     async def send(
         self,
@@ -484,27 +246,30 @@ class Relay:
         """Hand a flight over, one mail after the other; `done(i, outcome)` is called as each is answered.
 
         `envelopes` are taken one by one, as each mail's turn comes; `gate` is awaited after each answer. Raises
-        `RelayError` where no connection could be had; `done` was not called for the mails that remain.
+        `RelayError` where no connection could be had or the relay takes nothing from us; `done` was not called for
+        the mails that remain, and nothing of them was sent.
         """
+        flight = object()
         async with self._places.one(lane):
             channel: Channel | None = None
             try:
                 for number, envelope in enumerate(envelopes):
-                    await self.rate.take(1)
                     reused = channel is not None
                     if channel is None or not channel.usable:
-                        channel, reused = await self._channel()
+                        channel, reused = await self._channel(flight, lane)
                     outcome = await channel.send(envelope)
-                    if reused and outcome.stage == "mail" and (outcome.kind is Kind.NOT_SENT or outcome.code == 421):
+                    if reused and _ended_before(outcome):
                         # The relay ended a connection that rested or carried enough: that says nothing of this mail.
-                        channel, _ = await self._channel(fresh=True)
+                        channel, _ = await self._channel(flight, lane, fresh=True)
                         outcome = await channel.send(envelope)
+                    self._learn(flight, outcome)
                     done(number, outcome)
                     if gate is not None:
                         await gate()
             finally:
-                if channel is not None and channel.usable:
-                    self._resting.append(channel)
+                self._breaker.leave(flight)
+                if channel is not None:
+                    self._rest(channel)
 
     async def connect(self) -> Channel:
         """A new connection, ready for mail. Raises `RelayError`."""
@@ -515,24 +280,28 @@ class Relay:
             local_hostname=self._host_name,
             timeout=CONNECT_SECONDS,
             use_tls=settings.implicit_tls,
-            start_tls={"required": True, "opportunistic": None, "none": False}[settings.tls]
-            if not settings.implicit_tls
-            else False,
+            start_tls=False,
             tls_context=self._tls_context(),
         )
         try:
-            await client.connect()
-            if client.is_ehlo_or_helo_needed:
+            async with asyncio.timeout(READY_SECONDS):
+                await client.connect()
                 await client.ehlo()
-            if settings.user is not None:
-                self._password_is_safe(client)
-                await client.login(settings.user, str(settings.password or ""))
-        except RelayError:
-            client.close()
-            raise
+                if not settings.implicit_tls and (
+                    settings.tls == "required"
+                    or (settings.tls == "opportunistic" and client.supports_extension("starttls"))
+                ):
+                    await client.starttls()
+                    await client.ehlo()
+                if settings.user is not None:
+                    self._password_is_safe(client)
+                    await client.login(settings.user, str(settings.password or ""))
         except (aiosmtplib.SMTPException, OSError, ValueError) as error:
-            client.close()
+            _abort(client)
             _translate(self.name, settings, error)
+        except BaseException:
+            _abort(client)
+            raise
         extensions = {name.lower(): value for name, value in client.esmtp_extensions.items()}
         size = extensions.get("size", "")
         channel = Channel(
@@ -557,32 +326,109 @@ class Relay:
             self._context = _tls_context(self.settings)
         return self._context
 
-    async def _channel(self, *, fresh: bool = False) -> tuple[Channel, bool]:
+    # ------------------------------------------------------------ which connection
+
+    async def _channel(self, flight: object, lane: int, *, fresh: bool = False) -> tuple[Channel, bool]:
+        """A connection for a flight, and whether it was used before. Raises `RelayError`."""
+        while True:
+            if not self._breaker.enter(flight):
+                raise RelayUnavailable(self.problem or f"the relay {self.name} is tried by another mail first")
+            rested = None if fresh else self._rested()
+            if rested is not None:
+                self._busy.add(rested)
+                return rested, True
+            try:
+                self._connecting += 1
+                try:
+                    channel = await self.connect()
+                finally:
+                    self._connecting -= 1
+            except _Crowded as error:
+                if not self._others_are_open():
+                    self._failed(error)
+                    raise
+                self._places.shrink()
+                await self._step_aside(lane)
+                fresh = False
+            except RelayError as error:
+                self._failed(error)
+                raise
+            else:
+                logger.debug("relay.connected", relay=self.name)
+                self._busy.add(channel)
+                return channel, False
+
+    def _rested(self) -> Channel | None:
         now = asyncio.get_running_loop().time()
-        while self._resting and not fresh:
+        while self._resting:
             channel = self._resting.pop()
             if channel.usable and now - channel.rested_since < IDLE_SECONDS:
-                return channel, True
+                return channel
             channel.close()
-        try:
-            channel = await self.connect()
-        except RelayError as error:
+        return None
+
+    def _rest(self, channel: Channel) -> None:
+        """A flight ended: its connection waits for the next one."""
+        self._busy = {one for one in self._busy if one is not channel and one.usable}
+        if channel.usable:
+            self._resting.append(channel)
+        while self._aside:
+            waiter = self._aside.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+    def _others_are_open(self) -> bool:
+        return self._connecting > 0 or any(one.usable for one in (*self._busy, *self._resting))
+
+    async def _step_aside(self, lane: int) -> None:
+        """Leave the place to the connections that work, until one of them comes to rest, or for a second."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._aside.append(waiter)
+        async with self._places.aside(lane):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ASIDE_SECONDS):
+                    await waiter
+
+    # ------------------------------------------------------------ what is learned of the relay
+
+    def _learn(self, flight: object, outcome: Outcome) -> None:
+        """What an outcome tells of the relay. Raises `RelayMisconfigured` where it takes nothing from us."""
+        if outcome.kind is Kind.ACCEPTED:
+            self._places.grow()
+            self._works()
+        elif outcome.about is not About.RELAY:
+            if self._breaker.probes(flight):
+                self._works()
+        elif outcome.kind is Kind.PERMANENT:
+            message = f"the relay {self.name} takes no mail from us ({outcome.reply}): correct ROLECAST_RELAY_URLS"
+            error = RelayMisconfigured(message)
             self._failed(error)
-            raise
-        if self.problem is not None or not self._failures:
-            logger.debug("relay.connected", relay=self.name)
-        self._failures, self.problem = 0, None
-        return channel, False
+            raise error
+        elif outcome is not WITHDRAWN:
+            self._struck(flight, outcome)
+
+    def _struck(self, flight: object, outcome: Outcome) -> None:
+        enough = outcome.code // 100 == 4 and (outcome.code != 421 or _CROWDED.search(outcome.text) is not None)
+        if enough and self._others_are_open() and self._places.shrink():
+            return
+        self._breaker.strikes += 1
+        if self._breaker.strikes >= STRIKES or self._breaker.probes(flight):
+            message = f"the relay {self.name} ends or loses the connection at each mail ({outcome.reply})"
+            self._failed(RelayUnavailable(message))
+
+    def _works(self) -> None:
+        if self._breaker.openings:
+            logger.info("relay.usable", relay=self.name)
+        self._breaker.close()
+        self.problem = None
 
     def _failed(self, error: RelayError) -> None:
-        wait = BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS) - 1)]
-        if isinstance(error, RelayMisconfigured):
-            wait = BACKOFF_SECONDS[-1]
-        self._failures += 1
+        wait = self._breaker.open(longest=isinstance(error, RelayMisconfigured))
         self._context = None
-        self._retry_at = asyncio.get_running_loop().time() + wait
         if self.problem != str(error):
-            logger.warning("relay.unusable", relay=self.name, why=str(error), tried_again_in_seconds=wait)
+            seconds = round(wait, 1)
+            logger.warning("relay.unusable", relay=self.name, why=str(error), tried_again_in_seconds=seconds)
         self.problem = str(error)
 
     async def close(self) -> None:
@@ -613,7 +459,7 @@ class Relays:
         if not self.all:
             message = "no relay is configured: set ROLECAST_RELAY_URLS; until then mail waits"
             raise RelayMisconfigured(message)
-        message = "; ".join(relay.problem or f"{relay.name} is paused" for relay in self.all)
+        message = "; ".join(f"{one.name} is paused" if one.paused else str(one.problem) for one in self.all)
         raise RelayUnavailable(message)
 
     async def close(self) -> None:
@@ -632,10 +478,30 @@ def _tls_context(settings: RelaySettings) -> ssl.SSLContext:
     return context
 
 
+def _ended_before(outcome: Outcome) -> bool:
+    """Whether the answer to MAIL, or its absence, shows that the session had ended before."""
+    lost = outcome.about is About.RELAY and (outcome.code in {0, 421} or outcome.kind is Kind.PERMANENT)
+    return lost and outcome.stage == "mail"
+
+
+def _abort(client: aiosmtplib.SMTP) -> None:
+    """End an unready connection at once: a polite end of TLS would wait for a relay that hangs."""
+    if client.transport is not None:
+        cast("asyncio.Transport", client.transport).abort()
+    client.close()
+
+
+_CROWDED = re.compile(r"too many (?:[\w-]+ ){0,3}(?:connections|sessions)", re.IGNORECASE)
+
+
 def _translate(name: str, settings: RelaySettings, error: Exception) -> NoReturn:
     """The library's errors, sorted by who can help; the most specific first."""
-    said = printable(str(getattr(error, "message", error) or type(error).__name__).encode())[:300]
+    said = "no answer in time" if type(error) is TimeoutError else str(getattr(error, "message", error))
+    said = printable((said or type(error).__name__).encode("utf-8", "backslashreplace"))[:300]
     code = getattr(error, "code", None)
+    if code == 421 or (code is not None and _CROWDED.search(said)):
+        message = f"the relay {name} can't be used now ({code} {said})"
+        raise _Crowded(message) from error
     if code is not None and code // 100 == 4:  # said for now, at whatever stage (454 to AUTH: RFC 4954, 4.7.9)
         message = f"the relay {name} can't be used now ({code} {said})"
         raise RelayUnavailable(message) from error
