@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import email
 import email.policy
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import Connection, select, text, update
 
 from subscriptions.changes import Actor, SetOptOut, Suppress, apply
-from subscriptions.database import system_clock
+from subscriptions.database import Database, system_clock
+from tests.databases import _named, _statement
 from tests.house import ACME, DAY, GLOBEX, event, house, import_accounts, publish
-from tests.smtpd import SmtpServer, close, lose_the_reply, reply, reset
-from worker import feeding, leases, ledger
+from tests.smtpd import Act, SmtpServer, close, lose_the_reply, reply, reset
+from worker import decisions, feeding, leases, ledger, migrate
 from worker.app import AnotherWorks, App, Engine
 from worker.links import read_bounce
-from worker.schema import deliveries, events, flights, pauses, slices
+from worker.schema import deliveries, domains, events, flights, paces, pauses, relay_days, slices
 
 
 @pytest.fixture
@@ -242,6 +245,7 @@ def test_a_connection_lost_before_the_dot_costs_nobody_a_copy(
     ("stage", "code", "status", "reason"),
     [
         ("rcpt", 550, ledger.Status.FAILED, "recipient_refused"),
+        ("rcpt", 554, ledger.Status.FAILED, "policy_refused"),  # nothing against the address either
         ("dot", 554, ledger.Status.FAILED, "content_refused"),
         ("data", 554, ledger.Status.FAILED, "content_refused"),
         ("mail", 553, ledger.Status.HELD, "sender_refused"),  # our configuration: nothing against the address
@@ -353,7 +357,7 @@ def test_a_cancelled_event_sends_nothing_more(tmp_path: Path, server: SmtpServer
     with vendor(tmp_path, server) as app:
         publish(app, event("service.notice", account="acme"))
         with app.database.write() as connection:
-            assert ledger.cancel(connection, 1, owner=0, now=app.clock()) == 2
+            assert decisions.cancel(connection, 1, owner=0, now=app.clock()) == 2
         run(app)
         assert server.accepted == []
         assert states(app) == {"cancelled": 2}
@@ -428,7 +432,7 @@ def test_a_worker_that_vanished_in_flight_is_survived(tmp_path: Path, server: Sm
     with vendor(tmp_path, server) as app:
         publish(app, event("service.notice", account="acme"), event("invoice.issued", id="i"))
         with app.database.write() as connection:
-            dead = leases.register(connection, host="gone", pid=1, lanes="bulk", now=1)
+            dead = leases.register(connection, host="gone", pid=1, lanes=[ledger.Lane.BULK], now=1)
             for slice_id in (1, 2):
                 taken = ledger.claim(connection, slice_id, dead, now=app.clock())
                 assert taken is not None
@@ -535,3 +539,379 @@ def test_an_outcome_that_cannot_be_recorded_at_once_is_kept_and_costs_no_second_
         assert states(app) == {"accepted": 1}
         assert len(server.accepted) == 1
         assert rows(app, flights) == []
+
+
+# ---------------------------------------------------------------- retries, limits, domains that refuse
+
+
+MINUTE = 60_000_000
+
+
+def crowd(*addresses: str) -> dict[str, Any]:
+    """An account of which everybody gets a service notice."""
+    people = [{"id": f"p{n}", "email": one, "roles": ["secondary_support"]} for n, one in enumerate(addresses)]
+    return {"id": "crowd", "catalogue": "billtrust", "contacts": people}
+
+
+def later(app: App, microseconds: int) -> None:
+    app.clock.ahead += microseconds  # type: ignore[attr-defined]
+
+
+def test_a_session_that_the_relay_ended_costs_the_mail_no_attempt(tmp_path: Path, server: SmtpServer) -> None:
+    server.on("rcpt", reply(421, "4.3.2 too many connections"), nth=1)
+    with vendor(tmp_path, server) as app:
+        publish(app, event("file.failed"))
+        run(app)
+        row = rows(app, deliveries.c.attempts, deliveries.c.reason, deliveries.c.due_at, deliveries.c.reply)[0]
+        assert (row.attempts, row.reason) == (0, "refused_for_now")
+        assert row.reply.startswith("421 ")
+        assert 0 < row.due_at - app.clock() <= 72_000_000
+        later(app, 2 * MINUTE)
+        run(app)
+        assert rows(app, deliveries.c.attempts, deliveries.c.status) == [(1, ledger.Status.ACCEPTED)]
+
+
+def test_a_class_is_tried_again_by_its_own_schedule(tmp_path: Path, server: SmtpServer) -> None:
+    server.on("rcpt", reply(450, "4.2.0 later"))
+    with vendor(tmp_path, server, retry_minutes_operational="100") as app:
+        publish(app, event("file.failed"), event("invoice.issued", id="i"))
+        run(app)
+        failure, invoice = (row.due_at - app.clock() for row in rows(app, deliveries.c.due_at))
+        assert 70 * MINUTE < failure < 130 * MINUTE
+        assert invoice < 2 * MINUTE
+
+
+def test_a_mail_that_would_expire_before_its_next_try_has_expired(tmp_path: Path, server: SmtpServer) -> None:
+    server.on("rcpt", reply(450, "4.2.0 later"))
+    with vendor(tmp_path, server) as app:
+        soon = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(app.clock() / 1e6 + 50))
+        publish(app, event("service.notice", account="acme", expires_at=soon))
+        run(app)
+        row = rows(app, deliveries.c.status, deliveries.c.reason, deliveries.c.attempts, deliveries.c.reply)[0]
+        assert (row.status, row.reason, row.attempts) == (ledger.Status.EXPIRED, "expired", 1)
+        assert rows(app, events.c.status) == [("done",)]
+
+
+def test_a_refused_sender_pauses_its_class_instead_of_holding_every_mail(tmp_path: Path, server: SmtpServer) -> None:
+    server.on("mail", reply(553, "5.1.8 not your sender"))
+    everybody = crowd(*(f"p{n}@crowd.example" for n in range(400)))
+    with vendor(tmp_path, server, everybody) as app:
+        publish(app, event("service.notice", account="crowd"))
+        run(app)
+        held = states(app)["held"]
+        assert 3 <= held <= 3 + 4, "three in a row, and what was being said on the other connections"
+        assert states(app) == {"held": held, "planned": 400 - held}
+        assert rows(app, pauses.c.scope, pauses.c.value, pauses.c.by) == [
+            ("class", "informational", "rolecast: the relay refused the sender")
+        ]
+        server._rules.clear()
+        with app.database.write() as connection:
+            connection.execute(pauses.delete())
+            ledger.raise_guard(connection)
+            feeding.wake_waiting(connection, reasons=["paused"], now=app.clock())
+        run(app)
+        assert states(app) == {"held": held, "accepted": 400 - held}
+
+
+def when_asked_for_the_mail(do: Callable[[], None]) -> Act:
+    """Something happens while the relay is about to say 354: after the mail was checked, before its last bytes."""
+
+    def act(talk: Any, code: int, text: str) -> int:
+        do()
+        return int(talk.say(code, text))
+
+    return act
+
+
+def cancelled(app: App, connection: Connection) -> None:
+    decisions.cancel(connection, 1, owner=0, now=app.clock())
+
+
+def suppressed(app: App, connection: Connection) -> None:
+    change = Suppress("cy@acme.example", "hard_bounce", "operator:test", "said so")
+    apply(connection, Actor("cli:test", "cli"), [change], catalogues=app.catalogues, now=app.clock())
+
+
+def someone_else_suppressed(app: App, connection: Connection) -> None:
+    change = Suppress("ada@acme.example", "hard_bounce", "operator:test", "said so")
+    apply(connection, Actor("cli:test", "cli"), [change], catalogues=app.catalogues, now=app.clock())
+
+
+def paused(_app: App, connection: Connection) -> None:
+    connection.execute(pauses.insert().values(scope="all", value="", by="test", at=1))
+    ledger.raise_guard(connection)
+
+
+@pytest.mark.parametrize(
+    ("happens", "status", "reason"),
+    [
+        (cancelled, ledger.Status.CANCELLED, "event_cancelled"),
+        (suppressed, ledger.Status.CANCELLED, "address_suppressed"),
+        (paused, ledger.Status.PLANNED, "paused"),
+        (someone_else_suppressed, ledger.Status.ACCEPTED, None),
+    ],
+)
+def test_what_happens_before_the_last_bytes_of_money_mail_still_counts(
+    happens: Callable[[App, Connection], None], status: ledger.Status, reason: str | None,
+    tmp_path: Path, server: SmtpServer,
+) -> None:  # fmt: skip
+    with vendor(tmp_path, server) as app:
+
+        def do() -> None:
+            with app.database.write() as connection:
+                happens(app, connection)
+
+        server.on("data", when_asked_for_the_mail(do), nth=1)
+        publish(app, event("invoice.issued"))
+        run(app)
+        assert rows(app, deliveries.c.status, deliveries.c.reason) == [(status, reason)]
+        assert len(server.accepted) == (status is ledger.Status.ACCEPTED)
+        assert rows(app, flights) == []
+        if reason == "paused":
+            with app.database.write() as connection:
+                connection.execute(pauses.delete())
+                ledger.raise_guard(connection)
+                feeding.wake_waiting(connection, reasons=["paused"], now=app.clock())
+            run(app)
+            assert len(server.accepted) == 1
+
+
+def test_who_lost_the_claim_before_the_last_bytes_of_money_mail_does_not_send_it(
+    tmp_path: Path, server: SmtpServer
+) -> None:
+    with vendor(tmp_path, server, lease_seconds="3") as app:
+
+        def lose() -> None:
+            with app.database.write() as connection:
+                connection.execute(update(slices).values(owner=999, epoch=slices.c.epoch + 1))
+
+        server.on("data", when_asked_for_the_mail(lose), nth=1)
+        publish(app, event("invoice.issued"))
+        run(app)
+        assert len(server.accepted) == 1, "by whoever frees what the lost worker left, and nobody else"
+        assert rows(app, deliveries.c.status, deliveries.c.attempts) == [(ledger.Status.ACCEPTED, 1)]
+
+
+@pytest.mark.parametrize("words", ["4.7.1 Greylisted, come back later", "4.7.1 try again later"])
+def test_greylisted_mail_is_through_at_its_first_try_after_five_minutes(
+    words: str, tmp_path: Path, server: SmtpServer
+) -> None:
+    """Everybody at one domain, each pair of sender and recipient greylisted by itself."""
+    addresses = [f"p{n}@grey.example" for n in range(12)]
+    tries: dict[tuple[str, str], list[int]] = {}
+    with vendor(tmp_path, server, crowd(*addresses)) as app:
+        for address in addresses:
+
+            def act(talk: Any, code: int, text: str, address: str = address) -> int:
+                seen = tries.setdefault((talk.mail[0], address), [])
+                seen.append(app.clock())
+                young = seen[-1] - seen[0] < 5 * MINUTE
+                return int(talk.say(451, words) if young else talk.say(code, text))
+
+            server.on("rcpt", act, recipient=address)
+        publish(app, event("service.notice", account="crowd"))
+        minutes = 0.0
+        with working(app) as engine:
+            assert engine.until_idle(seconds=20)
+            while states(app) != {"accepted": 12}:
+                minutes += 0.5
+                assert minutes < 60
+                later(app, MINUTE // 2)
+                engine.wake()
+                assert engine.until_idle(seconds=20)
+        if "Grey" in words:
+            assert minutes < 9, "nobody waited for another's greylisting"
+    assert len(tries) == 12, "the envelope sender is the same on every attempt"
+    for times in tries.values():
+        assert all(at - times[0] < 5 * MINUTE for at in times[:-1]), "it was through the first time it could be"
+    ids = Counter(read(mail.body)["Message-ID"] for mail in server.accepted)
+    assert set(ids.values()) == {1}
+
+
+def test_a_dead_domain_is_hardly_tried_and_the_others_do_not_notice(tmp_path: Path, server: SmtpServer) -> None:
+    dead = {f"p{n}@dead.example" for n in range(0, 2000, 40)}
+    lively = [f"p{n}@d{n % 49}.example" for n in range(2000) if n % 40]
+    for address in dead:
+        server.on("rcpt", reply(451, "4.4.1 no route to host"), recipient=address)
+
+    def tried() -> int:
+        with server.lock:
+            return sum(command.startswith("RCPT") and "@dead.example" in command for command in server.commands)
+
+    everybody = [f"p{n}@d{n % 49}.example" if n % 40 else f"p{n}@dead.example" for n in range(2000)]
+    with vendor(tmp_path, server, crowd(*everybody)) as app:
+        publish(app, event("service.notice", account="crowd"))
+        run(app)
+        assert sorted(mail.recipient for mail in server.accepted) == sorted(lively)
+        assert tried() <= 3 + 4, "three in a row, and what was under way on the other connections"
+        reasons = Counter(row.reason for row in rows(app, deliveries.c.reason, deliveries.c.status) if row.status == 0)
+        assert set(reasons) == {"refused_for_now", "domain_waits"}
+        assert sum(reasons.values()) == 50
+        before, windows = tried(), 0
+        with working(app) as engine:
+            for _ in range(30):  # an hour
+                later(app, 2 * MINUTE)
+                engine.wake()
+                assert engine.until_idle(seconds=20)
+        windows = rows(app, domains.c.failures)[0][0] - 3
+        assert 4 <= windows <= 6
+        assert tried() - before == windows, "one mail a window"
+        server._rules.clear()
+        with working(app) as engine:
+            for _ in range(90):
+                later(app, 2 * MINUTE)
+                engine.wake()
+                assert engine.until_idle(seconds=20)
+                if states(app) == {"accepted": 2000}:
+                    break
+        assert states(app) == {"accepted": 2000}
+        assert rows(app, domains) == []
+
+
+def test_a_days_quota_holds_over_a_restart_and_costs_no_attempts(tmp_path: Path, server: SmtpServer) -> None:
+    url = f"smtp://127.0.0.1:{server.port}?tls=none&connections=4&daily=2"
+    everybody = crowd(*(f"p{n}@crowd.example" for n in range(5)))
+    with vendor(tmp_path, server, everybody, relay_urls=url) as app:
+        publish(app, event("service.notice", account="crowd"))
+        for _ in range(2):
+            run(app)
+            assert states(app) == {"accepted": 2, "planned": 3}
+        waiting = [row for row in rows(app, deliveries.c.attempts, deliveries.c.status) if row.status == 0]
+        assert [row.attempts for row in waiting] == [0, 0, 0]
+        assert rows(app, flights) == []
+        for sent in (4, 5):
+            later(app, DAY)
+            run(app)
+            assert len(server.accepted) == sent
+        assert sorted(row.mails for row in rows(app, relay_days.c.mails)) == [1, 2, 2]
+
+
+def test_what_one_relays_day_has_no_room_for_goes_by_the_next(tmp_path: Path, server: SmtpServer) -> None:
+    with SmtpServer() as second:
+        urls = [f"smtp://127.0.0.1:{one.port}?tls=none&connections=4" for one in (server, second)]
+        everybody = crowd(*(f"p{n}@crowd.example" for n in range(100)))
+        with vendor(tmp_path, server, everybody, relay_urls=f"{urls[0]}&daily=40 {urls[1]}") as app:
+            publish(app, event("service.notice", account="crowd"))
+            run(app)
+            assert (len(server.accepted), len(second.accepted)) == (40, 60)
+
+
+def test_a_relays_rate_is_kept_in_the_ledger(tmp_path: Path, server: SmtpServer) -> None:
+    url = f"smtp://127.0.0.1:{server.port}?tls=none&connections=4&rate=40"
+    everybody = crowd(*(f"p{n}@crowd.example" for n in range(30)))
+    with vendor(tmp_path, server, everybody, relay_urls=url) as app:
+        began = app.clock()
+        publish(app, event("service.notice", account="crowd"), event("file.failed", id="f", account="crowd"))
+        run(app)
+        assert states(app) == {"accepted": 30}
+        [(name, ready_at)] = rows(app, paces.c.name, paces.c.ready_at)
+        assert name == f"relay 127.0.0.1:{server.port}"
+        assert ready_at >= began + 30 * 1_000_000 // 40
+        assert app.clock() >= began + 29 * 1_000_000 // 40 - 250_000, "the last flight began in its slot"
+
+
+def test_mails_to_a_limited_domain_wait_for_their_slots_and_pay_once(tmp_path: Path, server: SmtpServer) -> None:
+    everybody = crowd("a@slow.example", "b@slow.example", "c@quick.example", "d@slow.example")
+    with vendor(tmp_path, server, everybody, domain_rates="Slow.example=0.1") as app:
+        publish(app, event("service.notice", account="crowd"))
+        run(app)
+        assert sorted(mail.recipient for mail in server.accepted) == ["a@slow.example", "c@quick.example"]
+        waiting = [row for row in rows(app, deliveries.c.reason, deliveries.c.attempts, deliveries.c.status)
+                   if row.status == 0]  # fmt: skip
+        assert [(row.reason, row.attempts) for row in waiting] == [("domain_rate", 0)] * 2
+        for sent in (3, 4):
+            later(app, 10_000_000)
+            run(app)
+            assert len(server.accepted) == sent
+        assert states(app) == {"accepted": 4}
+
+
+def test_a_relay_that_is_down_does_not_spend_its_day(tmp_path: Path) -> None:
+    with SmtpServer() as gone:
+        port = gone.port
+    down = SmtpServer(port=port)
+    url = f"smtp://127.0.0.1:{port}?tls=none&connections=4&daily=10"
+    with vendor(tmp_path, down, crowd(*(f"p{n}@crowd.example" for n in range(10))), relay_urls=url) as app:
+        publish(app, event("service.notice", account="crowd"))
+        with working(app) as engine:
+            for _ in range(3):
+                assert engine.until_idle(seconds=20)
+                later(app, 10_000_000)
+                engine.wake()
+                time.sleep(0.3)
+        assert rows(app, relay_days.c.mails) == [(0,)]
+        with down:
+            later(app, MINUTE)
+            run(app)
+            assert states(app) == {"accepted": 10}
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """None stands for SQLite in the test's folder."""
+    if request.param == "sqlite":
+        yield None
+        return
+    server = request.getfixturevalue("postgresql_server")
+    name = f"delivery_{abs(hash(request.node.nodeid)):x}"
+    _statement(server, f"CREATE DATABASE {name}")
+    database = Database(_named(server, name))
+    migrate.upgrade(database, clock=system_clock)
+    database.close()
+    yield _named(server, name)
+    _statement(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def test_a_cancel_under_way_is_waited_for_before_the_last_bytes_of_money_mail(
+    tmp_path: Path, server: SmtpServer, database_url: str | None
+) -> None:
+    """It is not committed yet when the relay asks for the mail: the mail may not slip by it."""
+    with house(
+        tmp_path, ACME, clock=system_clock, database_url=database_url,
+        relay_urls=f"smtp://127.0.0.1:{server.port}?tls=none&connections=4", secret_keys="a-key-of-some-length",
+    ) as app:  # fmt: skip
+        holds, threads = threading.Event(), []
+
+        def cancel() -> None:
+            with app.database.write() as connection:
+                cancelled(app, connection)
+                holds.set()
+                time.sleep(0.5)
+
+        def do() -> None:
+            threads.append(threading.Thread(target=cancel))
+            threads[0].start()
+            holds.wait()
+
+        server.on("data", when_asked_for_the_mail(do), nth=1)
+        publish(app, event("invoice.issued"))
+        run(app)
+        threads[0].join()
+        assert server.accepted == []
+        assert rows(app, deliveries.c.status, deliveries.c.reason) == [(ledger.Status.CANCELLED, "event_cancelled")]
+
+
+def test_every_limit_at_once_loses_nothing_and_doubles_nothing(
+    tmp_path: Path, server: SmtpServer, database_url: str | None
+) -> None:
+    addresses = [f"p{n}@{'slow' if n % 10 == 0 else 'dead' if n % 10 == 1 else 'd'}.example" for n in range(200)]
+    for address in addresses:
+        if "dead" in address:
+            server.on("rcpt", reply(450, "4.4.1 no route"), recipient=address)
+    with SmtpServer() as second:
+        first, other = (f"smtp://127.0.0.1:{one.port}?tls=none&connections=4" for one in (server, second))
+        with house(
+            tmp_path, crowd(*addresses), clock=system_clock, database_url=database_url,
+            relay_urls=f"{first}&rate=500&daily=100 {other}&daily=1000&warmup=3",
+            domain_rates="slow.example=20", secret_keys="a-key-of-some-length",
+            public_url="https://notify.vendor.example",
+        ) as app:  # fmt: skip
+            publish(app, event("service.notice", account="crowd"))
+            ends = time.monotonic() + 60
+            with working(app):
+                while len(server.accepted) + len(second.accepted) < 180 and time.monotonic() < ends:
+                    time.sleep(0.05)
+            taken = [mail.recipient for mail in [*server.accepted, *second.accepted]]
+            tried = {row.relay: row.mails for row in rows(app, relay_days.c.relay, relay_days.c.mails)}
+        assert sorted(taken) == sorted(set(addresses) - {one for one in addresses if "dead" in one})
+        assert tried[f"127.0.0.1:{server.port}"] == 100

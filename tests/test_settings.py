@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 
-from worker.settings import NAMES, RelaySettings, Secret, Settings, SettingsError, Team, domain_of, is_loopback, load
+from worker.settings import (
+    CLASSES,
+    NAMES,
+    DomainRate,
+    RelaySettings,
+    Secret,
+    Settings,
+    SettingsError,
+    Team,
+    domain_of,
+    is_loopback,
+    load,
+)
 
 KEY = "0123456789abcdef0123456789abcdef"
 RELAY = RelaySettings(
@@ -20,8 +32,12 @@ RELAY = RelaySettings(
     password=Secret("p@ss:w/rd"),
     connections=4,
     rate=2.5,
+    daily=5000,
+    warmup=14,
 )
-RELAY_URL = "smtp://an%20na:p%40ss%3Aw%2Frd@relay.test:2525?tls=opportunistic&connections=4&rate=2.5"
+RELAY_URL = (
+    "smtp://an%20na:p%40ss%3Aw%2Frd@relay.test:2525?tls=opportunistic&connections=4&rate=2.5&daily=5000&warmup=14"
+)
 
 GOOD: list[tuple[str, Any, Any]] = [
     # name, as written in TOML (the environment has the text of it), as it is read
@@ -62,13 +78,22 @@ GOOD: list[tuple[str, Any, Any]] = [
     ("operators", ["Ops@acme.example", "b@acme.example"], ("Ops@acme.example", "b@acme.example")),
     ("log_format", "json", "json"),
     ("lease_seconds", 5, 5),
+    ("retry_minutes", [2, 10, 60], (2, 10, 60)),
+    *((f"retry_minutes_{name}", [minute], (minute,)) for minute, name in enumerate(CLASSES, 1)),
+    ("give_up_hours", 48, 48),
+    *((f"give_up_hours_{name}", hours, hours) for hours, name in enumerate(CLASSES, 1)),
+    (
+        "domain_rates",
+        ["Gmail.example=10", "bücher.example=0.5"],
+        (DomainRate("gmail.example", 10.0), DomainRate("xn--bcher-kva.example", 0.5)),
+    ),
 ]
 
 
 def text_of(value: Any) -> str:
     """A TOML value as it stands in the environment."""
     if isinstance(value, list):
-        return ",".join(value)
+        return ",".join(map(str, value))
     return {True: "1", False: "0"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
@@ -158,7 +183,23 @@ WRONG: list[tuple[str, str, str]] = [
     ("relay_urls", "smtp://relay.test?rate=-1", "rate is mails a second"),
     ("relay_urls", "smtp://relay.test?rate=nan", "rate is mails a second"),
     ("relay_urls", "smtp://relay.test?rate=inf", "rate is mails a second"),
-    ("relay_urls", "smtp://relay.test?speed=9", "'speed' is unknown: there are tls, connections and rate"),
+    ("relay_urls", "smtp://relay.test?rate=0.0001", "rate is mails a second"),
+    ("relay_urls", "smtp://relay.test?daily=-1", "give a whole number from 0 to"),
+    ("relay_urls", "smtp://relay.test?daily=9&warmup=61", "give a whole number from 0 to 60"),
+    ("relay_urls", "smtp://relay.test?warmup=14", "warmup stands without daily"),
+    ("retry_minutes", "", "give whole minutes from 1 to 1440"),
+    ("retry_minutes", "1,0", "give whole minutes from 1 to 1440"),
+    ("retry_minutes_security", "soon", "give whole minutes from 1 to 1440"),
+    ("give_up_hours", "0", "give a whole number from 1 to 720"),
+    ("give_up_hours_approval", "never", "give a whole number from 1 to 720"),
+    ("domain_rates", "slow.example", "'slow.example' is not DOMAIN=MAILS A SECOND"),
+    ("domain_rates", "slow.example=0", "'slow.example=0' is not DOMAIN=MAILS A SECOND"),
+    ("domain_rates", "a.example=1,A.example=2", "a.example stands in it twice"),
+    (
+        "relay_urls",
+        "smtp://relay.test?speed=9",
+        "'speed' is unknown: there are tls, connections, rate, daily and warmup",
+    ),
     ("relay_urls", "smtp://:secret@relay.test", "a password stands without its user"),
     ("allow_plaintext", "perhaps", "give 1 or 0"),
     ("delivery", "Live", "give one of test, team, live"),
@@ -212,7 +253,7 @@ def test_a_wrong_value_is_told_with_its_name_and_remedy(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("value", ["[[1]]", "{a = 1}", "2020-01-01", "1.5", "[1, 2]"])
+@pytest.mark.parametrize("value", ["[[1]]", "{a = 1}", "2020-01-01", "1.5", "[1, 'x']"])
 def test_a_value_of_the_wrong_kind_in_toml_is_told_too(tmp_path: Path, name: str, value: str) -> None:
     line = refused({}, tmp_path, f"{name} = {value}")
     assert line.startswith(f"{name} in {tmp_path / 'rolecast.toml'} has the value ")
@@ -332,6 +373,18 @@ def test_a_class_has_its_own_sender_or_the_common_one(tmp_path: Path) -> None:
     assert settings.reply_to_of("security") == "help@acme.example"
     assert Settings().sender_of("security") is None
     assert Settings().bounce_domain_of("security") is None
+
+
+def test_a_class_has_its_own_schedule_or_the_common_one(tmp_path: Path) -> None:
+    environment = {
+        "ROLECAST_RETRY_MINUTES": "2,4",
+        "ROLECAST_RETRY_MINUTES_SECURITY": "1",
+        "ROLECAST_GIVE_UP_HOURS_SECURITY": "6",
+    }
+    settings = read(environment, tmp_path)
+    assert (settings.retry_minutes_of("security"), settings.give_up_hours_of("security")) == ((1,), 6)
+    assert (settings.retry_minutes_of("promotional"), settings.give_up_hours_of("promotional")) == ((2, 4), 96)
+    assert Settings().retry_minutes_of("security") == (1, 5, 15, 30, 60, 120, 240)
 
 
 @pytest.mark.parametrize(

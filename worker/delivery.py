@@ -3,10 +3,11 @@
 The path of a slice, in order:
 
 1. claim it, and begin its first flight, in one transaction; nobody else has it from then on
-2. per flight: look at the guard; where it moved, check again who still may get it
-3. render each mail as its turn comes, and hand it over on one connection
-4. settle what became of each mail within 10 milliseconds or 32 outcomes
-5. give the slice back, once all of that is committed
+2. per flight: choose a relay whose limits have room (`paces`), or let the slice rest until one has
+3. look at the guard; where it moved, check again who still may get it; leave domains alone that refuse (`destinations`)
+4. render each mail as its turn comes, and hand it over on one connection
+5. settle what became of each mail within 10 milliseconds or 32 outcomes
+6. give the slice back, once all of that is committed
 
 No transaction is open while a relay is talked to. What a crash leaves behind is named by open flights (`rescue`).
 """
@@ -17,40 +18,43 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 from sqlalchemy import Connection, insert, select, update
 
 from subscriptions import directory
 from subscriptions.audience import resolve
-from subscriptions.database import Clock
+from subscriptions.database import Clock, DatabaseUnusable
 from subscriptions.schema import accounts as accounts_table
 from worker import ledger, logs, mime
 from worker.fanout import EventRow, Planner, event_facts, event_row
-from worker.ledger import HOLD_CLASS, NEVER, Claim, Settlement, Status
+from worker.ledger import HOLD_CLASS, NEVER, Claim, Lane, Settlement, Status
 from worker.links import bounce_sender
 from worker.mails import Composer, Due, GroundRow, People, load, variant_of
+from worker.paces import SECOND, Paces, Rest, flight_size
 from worker.relay import About, Envelope, Kind, Outcome, Relay, RelayError, Relays
-from worker.rendering import Renderer, RenderError
+from worker.rendering import Renderer
+from worker.schedule import SOON_SECONDS, Over, in_time, retry_at
 from worker.schema import events, pauses, renditions
 from worker.settings import Settings, domain_of
+from worker.settler import Settler
+from worker.transaction import WITHDRAWN
 from worker.writer import Writer
+
+T = TypeVar("T")
+
+__all__ = ["Sender", "Settler"]
 
 logger = logs.get(__name__)
 
 FLIGHT = 32
 #: Mails written to one connection together; before each flight everything that may have changed is looked at.
-SETTLE_SECONDS = 0.01
-SETTLE_OUTCOMES = 32
-#: Outcomes wait no longer, and no more of them, before they are committed (design, principle 6).
-UNSETTLED = 48
-#: No further mail is begun while so many outcomes of this process are not committed.
-NO_RELAY_SECONDS = 5
-#: How long a slice rests when no relay could be reached.
 FAULT_SECONDS = 60
 #: How long a slice rests after a fault of ours: it is seen in the log, and it does not spin.
+SENDER_REFUSALS = 3
+#: In a row, for one class: then the class is paused, so that a broadcast does not hold 200,000 mails one by one.
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +63,22 @@ class Flight:
 
     id: int  # 0 in the hold class: each of its mails is begun before its last bytes
     begun: int  # when: the Date of mails that were never tried before
+    starts: int  # its slot at the relay: nothing is written before
+    guard: int  # as it was when the mails were checked
+    relay: Relay
     dues: Sequence[Due]
     people: People
-    withdrawn: Mapping[int, str]  # those that are not to be sent after all, and why
+    withdrawn: Mapping[int, str]  # those that are not to be sent after all, or not now, and why
+    put_off: Mapping[int, tuple[str, int]]  # those that their domain lets wait: why, and until when
+
+    def domain_of(self, due: Due) -> str:
+        """Where a mail goes, A-labels."""
+        return _domain(due, self.people)
+
+
+def _domain(due: Due, people: People) -> str:
+    contact = people.contacts.get(due.grounds[0].contact)
+    return contact.address.rpartition("@")[2] if contact is not None else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,107 +89,13 @@ class Work:
     event: EventRow
     guard_at_plan: int
     address_key: bytes
-    first: Flight | None
+    first: Flight | Rest | None
     numbers: tuple[int, ...]  # what comes after the first flight
 
     @property
     def hold(self) -> bool:
         """Whether its mails are of the hold class (design, principle 6)."""
         return self.event.class_ == HOLD_CLASS
-
-
-@dataclass(slots=True)
-class Settler:
-    """Outcomes of a worker process on their way into the ledger, committed together."""
-
-    writer: Writer
-    worker: int
-    _pending: list[Settlement] = field(default_factory=list)
-    _open: dict[int, int] = field(default_factory=dict)  # flight -> mails not yet settled
-    _unrecorded: Counter[int] = field(default_factory=Counter)  # slice -> outcomes not yet committed
-    _waiting: dict[int, asyncio.Event] = field(default_factory=dict)  # slice -> who waits until there are none
-    _timer: asyncio.TimerHandle | None = None
-    _unsettled: int = 0
-    _room: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __post_init__(self) -> None:
-        self._room.set()
-
-    def expect(self, flight_id: int, mails: int) -> None:
-        """A flight of so many mails began."""
-        if flight_id:
-            self._open[flight_id] = mails
-
-    def forget(self, flight_id: int) -> None:
-        """A flight ended before all its mails began."""
-        self._open.pop(flight_id, None)
-
-    def add(self, settlement: Settlement) -> None:
-        """What became of one mail; it is committed soon."""
-        self._pending.append(settlement)
-        self._unrecorded[settlement.slice_id] += 1
-        self._unsettled += 1
-        if self._unsettled >= UNSETTLED:
-            self._room.clear()
-        if len(self._pending) >= SETTLE_OUTCOMES:
-            self.flush()
-        elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self.flush)
-
-    async def room(self) -> None:
-        """Wait until few enough outcomes are uncommitted."""
-        await self._room.wait()
-
-    async def recorded(self, slice_id: int) -> None:
-        """Wait until every outcome of a slice is committed: a slice given back before would be sent again."""
-        self.flush()
-        if slice_id in self._unrecorded:
-            await self._waiting.setdefault(slice_id, asyncio.Event()).wait()
-
-    def flush(self) -> None:
-        """Commit what waits, now."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        batch, self._pending = self._pending, []
-        landed = []
-        for one in batch:
-            if one.flight_id in self._open:
-                self._open[one.flight_id] -= 1
-                if self._open[one.flight_id] == 0:
-                    del self._open[one.flight_id]
-                    landed.append(one.flight_id)
-        if batch:
-            self._submit(batch, landed)
-
-    def _submit(self, batch: list[Settlement], landed: list[int]) -> None:
-        def record(connection: Connection) -> None:
-            ledger.settle(connection, self.worker, batch)
-            ledger.land(connection, landed)
-
-        loop = asyncio.get_running_loop()
-
-        def done(future: Future[None]) -> None:
-            loop.call_soon_threadsafe(self._committed, batch, landed, future)
-
-        self.writer.submit(record).add_done_callback(done)
-
-    def _committed(self, batch: list[Settlement], landed: list[int], future: Future[None]) -> None:
-        error = future.exception()
-        if error is not None:
-            # The mails have left: the result is kept and tried again, for as long as this process lives.
-            logger.error("database.unusable", why=str(error), outcomes=len(batch), tried_again_in_seconds=1)
-            asyncio.get_running_loop().call_later(1.0, self._submit, batch, landed)
-            return
-        self._unsettled -= len(batch)
-        if self._unsettled < UNSETTLED:
-            self._room.set()
-        for slice_id, count in Counter(one.slice_id for one in batch).items():
-            self._unrecorded[slice_id] -= count
-            if not self._unrecorded[slice_id]:
-                del self._unrecorded[slice_id]
-                if slice_id in self._waiting:
-                    self._waiting.pop(slice_id).set()
 
 
 @dataclass(slots=True)
@@ -189,53 +112,67 @@ class Sender:
     worker: int
     clock: Clock
     may_send: Callable[[], bool]  # the lease is ours and nobody asked us to stop
+    holds: Callable[[], bool]  # the lease is ours
+    paces: Paces = field(init=False)
     _proven: set[tuple[int, str, str]] = field(default_factory=set)
+    _refusals: Counter[str] = field(default_factory=Counter)  # class -> times its sender was refused in a row
+    _paused_at: dict[str, int] = field(default_factory=dict)  # class -> when it was paused for that
+
+    def __post_init__(self) -> None:
+        self.paces = Paces({one.domain: one.rate for one in self.settings.domain_rates})
 
     async def deliver(self, slice_id: int) -> None:
         """Deliver what a slice owes; a slice that somebody else has, or that is done, is no fault."""
         if not self.may_send():
             return
-        work = await self.writer.run(lambda connection: self._take(connection, slice_id))
+        relays = self._ready_relays()
+        work = await self.writer.run(lambda connection: self._take(connection, slice_id, relays))
         if work is None:
             return
         try:
-            await self._flights(work)
-        except RelayError:
-            await self._postpone(work, NO_RELAY_SECONDS, fault=False)
+            rest = await self._flights(work)
+        except DatabaseUnusable as error:
+            logger.warning("database.unusable", why=str(error), tried_again_in_seconds=1)
+            await self._postpone(work, self.clock() + SECOND, fault=False)
             return
         except Exception as error:
             logger.exception("slice.failed", slice=slice_id, why=str(error), tried_again_in_seconds=FAULT_SECONDS)
-            await self._postpone(work, FAULT_SECONDS, fault=True)
+            await self._postpone(work, self.clock() + FAULT_SECONDS * SECOND, fault=True)
+            return
+        if rest is not None:
+            await self._postpone(work, rest.until, fault=False)
             return
         await self.settler.recorded(slice_id)
         now = self.clock()
-        await self._surely(lambda connection: ledger.finish(connection, work.claim, self.worker, now=now))
+        if await self._surely(lambda connection: ledger.finish(connection, work.claim, self.worker, now=now)):
+            logger.info("event.done", event_id=work.event.ulid)
 
-    async def _postpone(self, work: Work, seconds: int, *, fault: bool) -> None:
-        """Give the slice back for a while; after a fault of ours its open flights end as a vanished worker's do."""
+    def _ready_relays(self) -> tuple[Relay, ...]:
+        """The relays that may be tried now, in the order of preference."""
+        return tuple(relay for relay in self.relays.all if relay.ready)
+
+    async def _postpone(self, work: Work, until: int, *, fault: bool) -> None:
+        """Give the slice back until then; after a fault of ours its open flights end as a vanished worker's do."""
         await self.settler.recorded(work.claim.slice_id)
         now = self.clock()
-        until = now + seconds * 1_000_000
         await self._surely(
             lambda connection: ledger.postpone(
                 connection, work.claim, self.worker, until=until, now=now, hold=fault and work.hold, again=fault
             )
         )
 
-    async def _surely(self, work: Callable[[Connection], None]) -> None:
+    async def _surely(self, work: Callable[[Connection], T]) -> T:
         """Give a slice back even where the database can't be reached at once: it is tried until it can."""
         while True:
             try:
-                await self.writer.run(work)
+                return await self.writer.run(work)
             except Exception as error:  # noqa: BLE001 - a slice that is not given back would wait for this process's end
                 logger.warning("database.unusable", why=str(error), tried_again_in_seconds=1)
                 await asyncio.sleep(1.0)
-            else:
-                return
 
     # ------------------------------------------------------------ claim
 
-    def _take(self, connection: Connection, slice_id: int) -> Work | None:
+    def _take(self, connection: Connection, slice_id: int, relays: Sequence[Relay]) -> Work | None:
         taken = ledger.claim(connection, slice_id, self.worker, now=self.clock())
         if taken is None:
             return None
@@ -243,9 +180,8 @@ class Sender:
         event = self._addressed(connection, event_row(row))
         numbers = ledger.owed(connection, taken)
         work = Work(taken, event, row.guard_at_plan, directory.address_key(connection), None, ())
-        count = 1 if work.hold else FLIGHT
-        first = self._begin(connection, work, numbers[:count]) if numbers else None
-        return replace(work, first=first, numbers=tuple(numbers[count:]))
+        first = self._begin(connection, work, numbers, relays) if numbers else None
+        return replace(work, first=first, numbers=_after(first, numbers))
 
     def _addressed(self, connection: Connection, event: EventRow) -> EventRow:
         """An event that was accepted before a sender was configured gets its domains once, for all attempts."""
@@ -262,21 +198,39 @@ class Sender:
 
     # ------------------------------------------------------------ flights
 
-    async def _flights(self, work: Work) -> None:
-        """Flight after flight; raises `RelayError` where no relay is left to try."""
-        flight, numbers = work.first, list(work.numbers)
-        while flight is not None and self.may_send():
-            relay = self.relays.choose()
-            numbers = await self._fly(work, relay, flight) + numbers
-            count = 1 if work.hold else relay.rate.flight_size(FLIGHT)
-            members, numbers = numbers[:count], numbers[count:]
-            if not members:
-                return
-            flight = await self.writer.run(partial(self._begin, work=work, members=members))
+    async def _flights(self, work: Work) -> Rest | None:
+        """Flight after flight; until when the slice must rest, None where it need not."""
+        begun, numbers = work.first, work.numbers
+        while isinstance(begun, Flight):
+            if not await self._starts(begun):
+                await self._end(begun, [due.n for due in begun.dues])
+                return None
+            left = await self._fly(work, begun)
+            if left is None or not (numbers := (*left, *numbers)) or not self.may_send():
+                return None
+            begin = partial(self._begin, work=work, numbers=numbers, relays=self._ready_relays())
+            begun = await self.writer.run(begin)
+            numbers = _after(begun, numbers)
+        return begun
 
-    def _begin(self, connection: Connection, work: Work, members: Sequence[int]) -> Flight | None:
-        """Name these mails and gather what they say; None where the claim was lost: its new owner sends them."""
-        now = self.clock()
+    async def _starts(self, flight: Flight) -> bool:
+        """Wait for a flight's slot; False where it may not leave any more."""
+        while self.may_send():
+            wait = flight.starts - self.clock()
+            if wait <= 0:
+                return True
+            await asyncio.sleep(min(wait / SECOND, 0.5))
+        return False
+
+    def _begin(
+        self, connection: Connection, work: Work, numbers: Sequence[int], relays: Sequence[Relay]
+    ) -> Flight | Rest | None:
+        """Name the first of these mails and gather what they say; None where the claim was lost: others send them."""
+        now, lane = self.clock(), work.claim.lane
+        choice = self.paces.choose(connection, relays, among=len(self.relays.all), lane=lane, now=now)
+        if isinstance(choice, Rest):
+            return choice
+        members = numbers[: 1 if work.hold else min(choice.room, flight_size(relays, FLIGHT))]
         if work.hold:
             flight_id, guard = 0, ledger.guard(connection)
         else:
@@ -285,25 +239,62 @@ class Sender:
                 return None
         checked = work.hold or guard != work.guard_at_plan
         dues, people, withdrawn = self._ready(connection, work.event, members, check=checked)
-        return Flight(flight_id, now, dues, people, withdrawn)
+        leaving = [due for due in dues if due.n not in withdrawn]
+        put_off = self._put_off(connection, leaving, people, lane=lane, now=now)
+        starts = self.paces.take(connection, choice.relay, len(leaving) - len(put_off), now=now)
+        if starts is None:
+            ledger.land(connection, [flight_id])
+            return Rest(now + SECOND)
+        return Flight(flight_id, now, starts, guard, choice.relay, dues, people, withdrawn, put_off)
 
-    async def _fly(self, work: Work, relay: Relay, flight: Flight) -> list[int]:
-        """Send these mails; returns those that were not begun because the relay failed: another may take them."""
+    def _put_off(
+        self, connection: Connection, dues: Sequence[Due], people: People, *, lane: Lane, now: int
+    ) -> dict[int, tuple[str, int]]:
+        """Those of these mails that their domain lets wait: because it refuses, or because of its rate."""
+        domains = {due.n: _domain(due, people) for due in dues}
+        waits = self.settler.destinations.put_off(connection, domains, now=now)
+        # Whoever waited for a slot of its domain has it now, and takes no second one.
+        rated = {due.n: domains[due.n] for due in dues if due.n not in waits and due.reason != "domain_rate"}
+        slots = self.paces.put_off(connection, rated, lane=lane, now=now)
+        return {n: ("domain_waits", at) for n, at in waits.items()} | {
+            n: ("domain_rate", at) for n, at in slots.items()
+        }
+
+    async def _fly(self, work: Work, flight: Flight) -> list[int] | None:
+        """Send these mails; returns those that were not begun because the relay failed: another may take them.
+
+        None where the claim seems to be lost, or a mail must be made again: the slice is looked at anew.
+        """
         self.settler.expect(flight.id, len(flight.dues))
-        mails = _Mails(self, work, flight, relay.name)
+        mails = _Mails(self, work, flight)
+        lane = int(work.claim.lane)
         try:
-            await relay.send(mails.envelopes(), lane=int(work.claim.lane), done=mails.done, gate=self.settler.room)
+            await flight.relay.send(mails.envelopes(), lane=lane, done=mails.done, gate=self.settler.room)
         except RelayError:
             await self.settler.recorded(work.claim.slice_id)
             self.settler.forget(flight.id)
-            await self.writer.run(lambda connection: ledger.land(connection, [flight.id]))
-            return [due.n for due in flight.dues if due.n not in mails.settled]
+            left = [due.n for due in flight.dues if due.n not in mails.settled]
+            await self._end(flight, left)
+            return left
+        if mails.stopped:
+            self.settler.forget(flight.id)
+            return None
         return []
+
+    async def _end(self, flight: Flight, left: Sequence[int]) -> None:
+        """End a flight of which these mails were not begun: they do not count in the relay's day."""
+        unsent = sum(n not in flight.withdrawn and n not in flight.put_off for n in left)
+
+        def end(connection: Connection) -> None:
+            ledger.land(connection, [flight.id])
+            self.paces.give_back(connection, flight.relay, unsent, begun=flight.begun)
+
+        await self.writer.run(end)
 
     def _ready(
         self, connection: Connection, event: EventRow, members: Sequence[int], *, check: bool
     ) -> tuple[list[Due], People, dict[int, str]]:
-        """The deliveries of a flight, whom they speak of, and why some of them are not to be sent after all.
+        """The deliveries of a flight, whom they speak of, and why some of them are not to be sent, or not now.
 
         A delivery keeps the grounds that still stand, and goes out while there is one (design, principle 3).
         """
@@ -320,8 +311,25 @@ class Sender:
             standing = tuple(ground for ground, reason in zip(due.grounds, reasons, strict=True) if reason is None)
             if not standing:
                 gone[due.n] = "paused" if "paused" in reasons else str(reasons[0])
-            ready.append(replace(due, grounds=standing) if standing else due)
+                ready.append(due)
+                continue
+            ready.append(replace(due, grounds=standing))
+            kept_back = self._kept_back(event, ready[-1], people)
+            if kept_back is not None:
+                gone[due.n] = kept_back
         return ready, people, gone
+
+    def _kept_back(self, event: EventRow, due: Due, people: People) -> str | None:
+        """Why a mail may not leave now, though it is owed: a setting of this installation."""
+        mode = self.planner.mode_of(event.mode)
+        address = people.contacts[due.grounds[0].contact].address
+        if mode == "test" or (mode == "team" and address not in self.settings.team):
+            return mode
+        if not self.settings.sender_of(event.class_):
+            return "no_sender"
+        if self.composer.links is None and self.composer.can_opt_out(event, due, people):
+            return "no_https"
+        return None
 
     def _whole_event_waits(self, connection: Connection, event: EventRow) -> str | None:
         """Why nothing of the event is sent now: it was cancelled, or it, its class or everything is paused."""
@@ -362,6 +370,26 @@ class Sender:
                             fallen[one.contact.number] = reason
         return fallen
 
+    def sender_took(self, class_: str) -> None:
+        """A mail of the class was accepted."""
+        if class_ in self._refusals:
+            del self._refusals[class_]
+
+    def sender_refused(self, class_: str, said: str) -> None:
+        """A relay refused the sender of a class for good; after three times in a row the class is paused."""
+        self._refusals[class_] += 1
+        if self._refusals[class_] < SENDER_REFUSALS:
+            return
+        del self._refusals[class_]
+        now = self._paused_at[class_] = self.clock()
+        what_next = f"correct the sender, then `rolecast resume --class {class_}`"
+        logger.error("class.paused", mail_class=class_, why=said, what_next=what_next)
+        self.writer.submit(partial(_pause_class, class_=class_, now=now))
+
+    def paused_since(self, class_: str, begun: int) -> bool:
+        """Whether this process paused a class after a flight began."""
+        return self._paused_at.get(class_, -1) >= begun
+
     def keep_rendition(self, connection: Connection, event_id: int, variant: str, locale: str, hash_: str) -> None:
         """Remember which templates an event's variant was rendered with."""
         found = connection.execute(
@@ -373,6 +401,19 @@ class Sender:
             connection.execute(
                 insert(renditions).values(event_id=event_id, variant=variant, locale=locale, template_hash=hash_)
             )
+
+
+def _after(begun: Flight | Rest | None, numbers: Sequence[int]) -> tuple[int, ...]:
+    """The mails that come after a flight of the first of these."""
+    return tuple(numbers[len(begun.dues) :] if isinstance(begun, Flight) else numbers)
+
+
+def _pause_class(connection: Connection, *, class_: str, now: int) -> None:
+    chosen = (pauses.c.scope == "class") & (pauses.c.value == class_)
+    if connection.execute(select(pauses.c.at).where(chosen)).first() is None:
+        by = "rolecast: the relay refused the sender"
+        connection.execute(insert(pauses).values(scope="class", value=class_, by=by, at=now))
+    ledger.raise_guard(connection)
 
 
 def _fell(
@@ -394,26 +435,39 @@ class _Mails:
     sender: Sender
     work: Work
     flight: Flight
-    relay: str
     _flown: list[Due] = field(default_factory=list)
     _holds: dict[int, int] = field(default_factory=dict)  # n -> flight, in the hold class
+    _fallen: dict[int, str] = field(default_factory=dict)  # what may not go after all, seen before its last bytes
+    stopped: bool = False  # a mail may not leave by this claim
     settled: set[int] = field(default_factory=set)  # the numbers of which it is known what became of them
 
     def envelopes(self) -> Iterator[Envelope]:
         """Each mail that is to go; the others are settled on the way."""
-        people = self.flight.people
-        for due in self.flight.dues:
-            reason = self.flight.withdrawn.get(due.n) or self._waits(due, people)
-            if reason is not None:
-                self._not_now(due, reason)
+        flight, event, sender = self.flight, self.work.event, self.sender
+        for due in flight.dues:
+            if not sender.holds():  # others may send what is left: to be frozen must not make second copies of it
+                self.stopped = True
+                return
+            now = sender.clock()
+            if sender.paused_since(event.class_, flight.begun):
+                self._not_now(due, "paused")
                 continue
-            expires = self.work.event.expires_at
-            if expires is not None and self.sender.clock() >= expires:
+            if due.n in flight.withdrawn:
+                self._not_now(due, flight.withdrawn[due.n])
+                continue
+            if event.expires_at is not None and now >= event.expires_at:
                 self._settle(due, Status.EXPIRED, "expired")
                 continue
+            if due.n in flight.put_off:
+                self._put_off(due, *flight.put_off[due.n])
+                continue
+            waits = sender.settler.destinations.waits(flight.domain_of(due), now=now)
+            if waits is not None:
+                self._put_off(due, "domain_waits", waits)
+                continue
             try:
-                envelope = self._envelope(due, people)
-            except (RenderError, mime.MimeError) as error:
+                envelope = self._envelope(due, flight.people)
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with it is wrong with this mail alone (R20)
                 logger.error("mail.unrenderable", event_id=self.work.event.ulid, n=due.n, why=str(error))
                 self._settle(due, Status.HELD, "cannot_be_rendered", reply=str(error))
                 continue
@@ -422,37 +476,92 @@ class _Mails:
 
     def done(self, number: int, outcome: Outcome) -> None:
         """A mail was answered: one place turns what happened into a state."""
-        due = self._flown[number]
-        hold = self.work.event.class_ == HOLD_CLASS
-        match outcome:
-            case Outcome(kind=Kind.ACCEPTED):
+        due, event, sender = self._flown[number], self.work.event, self.sender
+        if outcome is WITHDRAWN:
+            if due.n in self._fallen:
+                self._not_now(due, self._fallen[due.n])
+            else:
+                self.stopped = True  # the claim was lost, or we stop: it stays as it is, and goes with its slice
+            return
+        sender.settler.destinations.answered(
+            self.flight.domain_of(due), outcome, attempts=due.attempts, now=sender.clock()
+        )
+        if outcome.kind is Kind.ACCEPTED:
+            sender.sender_took(event.class_)
+        match outcome.kind:
+            case Kind.ACCEPTED:
                 self._settle(due, Status.ACCEPTED, None, outcome=outcome)
-            case Outcome(kind=Kind.UNKNOWN) if hold:
+            case Kind.PERMANENT:
+                self._refused(due, outcome)
+            case Kind.UNKNOWN if self.work.hold:
                 self._settle(due, Status.HELD, "unknown", outcome=outcome)
-            case Outcome(kind=Kind.PERMANENT, about=About.SENDER):
-                self._settle(due, Status.HELD, "sender_refused", outcome=outcome)
-            case Outcome(kind=Kind.PERMANENT, about=About.RECIPIENT):
-                self._settle(due, Status.FAILED, "recipient_refused", outcome=outcome)
-            case Outcome(kind=Kind.PERMANENT):
-                self._settle(due, Status.FAILED, "content_refused", outcome=outcome)
-            case Outcome(kind=Kind.UNKNOWN):
+            case Kind.UNKNOWN:
                 self._again(due, "sent_again", outcome)
-            case Outcome(kind=Kind.NOT_SENT):
+            case Kind.NOT_SENT:
                 self._again(due, "connection_lost", outcome)
-            case _:
+            case Kind.TEMPORARY if outcome.about is About.RELAY:
+                self._soon(due, outcome)
+            case Kind.TEMPORARY:
                 self._again(due, "refused_for_now", outcome)
 
+    def _refused(self, due: Due, outcome: Outcome) -> None:
+        """A mail was refused for good: what about decides whether a person must look."""
+        match outcome.about:
+            case About.SENDER:
+                self._settle(due, Status.HELD, "sender_refused", outcome=outcome)
+                self.sender.sender_refused(self.work.event.class_, outcome.reply)
+            case About.RECIPIENT:
+                self._settle(due, Status.FAILED, "recipient_refused", outcome=outcome)
+            case About.POLICY:
+                self._settle(due, Status.FAILED, "policy_refused", outcome=outcome)
+            case About.CONTENT | About.RELAY:
+                self._settle(due, Status.FAILED, "content_refused", outcome=outcome)
+
     def _again(self, due: Due, reason: str, outcome: Outcome) -> None:
-        at = ledger.retry_at(
+        """The mail was tried in vain: it goes again by its schedule, or never."""
+        event, settings = self.work.event, self.sender.settings
+        at = retry_at(
             due.attempts + 1,
+            minutes=settings.retry_minutes_of(event.class_),
+            give_up_hours=settings.give_up_hours_of(event.class_),
             now=self.sender.clock(),
-            accepted_at=self.work.event.accepted_at,
+            owed_since=self._owed_since,
+            expires_at=event.expires_at,
             spread=random.random(),  # noqa: S311 - spreads retries, protects nothing
         )
-        if at is None:
-            self._settle(due, Status.FAILED, "given_up", outcome=outcome)
+        self._then(due, reason, at, outcome=outcome)
+
+    def _soon(self, due: Due, outcome: Outcome) -> None:
+        """The relay ended the session: that is not the mail's doing, and costs it no attempt (R18)."""
+        rest = int(SOON_SECONDS * SECOND * (1 + 0.2 * random.random()))  # noqa: S311 - protects nothing
+        self._then(due, "refused_for_now", self._in_time(self.sender.clock() + rest), outcome=outcome, attempted=False)
+
+    def _put_off(self, due: Due, reason: str, at: int) -> None:
+        """The mail's domain lets it wait; for its own rate a mail is not given up, though it may expire."""
+        expires = self.work.event.expires_at
+        if reason == "domain_waits":
+            self._then(due, reason, self._in_time(at))
         else:
-            self._settle(due, Status.PLANNED, reason, outcome=outcome, due_at=at)
+            self._then(due, reason, Over.EXPIRED if expires is not None and expires <= at else at)
+
+    @property
+    def _owed_since(self) -> int:
+        return max(self.work.event.accepted_at, self.work.event.not_before or 0)
+
+    def _in_time(self, at: int) -> int | Over:
+        event = self.work.event
+        hours = self.sender.settings.give_up_hours_of(event.class_)
+        return in_time(at, give_up_hours=hours, owed_since=self._owed_since, expires_at=event.expires_at)
+
+    def _then(
+        self, due: Due, reason: str, at: int | Over, *, outcome: Outcome | None = None, attempted: bool | None = None
+    ) -> None:
+        """The mail goes again at a time, or it is over."""
+        if not isinstance(at, Over):
+            self._settle(due, Status.PLANNED, reason, outcome=outcome, due_at=at, attempted=attempted)
+        else:
+            status = Status.EXPIRED if at is Over.EXPIRED else Status.FAILED
+            self._settle(due, status, at.value, outcome=outcome, attempted=attempted)
 
     def _not_now(self, due: Due, reason: str) -> None:
         if reason in {"paused", "no_https", "no_sender"}:
@@ -461,19 +570,6 @@ class _Mails:
             self._settle(due, Status.HELD, reason)
         else:
             self._settle(due, Status.CANCELLED, reason)
-
-    def _waits(self, due: Due, people: People) -> str | None:
-        """Why a mail may not leave now, though it is owed: a setting of this installation."""
-        sender, event = self.sender, self.work.event
-        mode = sender.planner.mode_of(event.mode)
-        address = people.contacts[due.grounds[0].contact].address
-        if mode == "test" or (mode == "team" and address not in sender.settings.team):
-            return mode
-        if not sender.settings.sender_of(event.class_):
-            return "no_sender"
-        if sender.composer.links is None and sender.composer.can_opt_out(event, due, people):
-            return "no_https"
-        return None
 
     def _envelope(self, due: Due, people: People) -> Envelope:
         sender, event = self.sender, self.work.event
@@ -497,16 +593,31 @@ class _Mails:
         )
 
     async def _mark(self, due: Due) -> bool:
-        """The hold class: commit that this mail may leave, before its last bytes; False where the claim was lost."""
+        """The hold class: commit that this mail may leave, before its last bytes; False where it may not, or not now.
+
+        What was opted out of, cancelled or paused since the flight looked is withdrawn in the same transaction.
+        """
         if not self.sender.may_send():
             return False
-        work, worker, begun = self.work, self.sender.worker, self.flight.begun
-        flight_id, _ = await self.sender.writer.run(
-            lambda connection: ledger.begin(connection, work.claim, worker, [due.n], now=begun)
-        )
+        flight_id, fallen = await self.sender.writer.run(lambda connection: self._begin_one(connection, due))
+        if fallen is not None:
+            self._fallen[due.n] = fallen
+        if not flight_id:
+            return False
         self.sender.settler.expect(flight_id, 1)
         self._holds[due.n] = flight_id
-        return bool(flight_id)
+        return self.sender.holds()  # frozen while it was committed: others may send it by now
+
+    def _begin_one(self, connection: Connection, due: Due) -> tuple[int, str | None]:
+        """(flight, why it may not go after all); flight 0 where it may not, or the claim was lost."""
+        if ledger.guard(connection, held=True) != self.flight.guard:
+            dues, _, withdrawn = self.sender._ready(connection, self.work.event, [due.n], check=True)  # noqa: SLF001 - one object in two halves
+            if withdrawn:
+                return 0, withdrawn[due.n]
+            if dues[0].grounds != due.grounds:
+                return 0, None  # it speaks of a ground that fell: it is made again
+        flight_id, _ = ledger.begin(connection, self.work.claim, self.sender.worker, [due.n], now=self.flight.begun)
+        return flight_id, None
 
     def _settle(
         self,
@@ -517,6 +628,7 @@ class _Mails:
         outcome: Outcome | None = None,
         due_at: int | None = None,
         reply: str | None = None,
+        attempted: bool | None = None,  # None: where the relay said something
     ) -> None:
         event = self.work.event
         self.settled.add(due.n)
@@ -535,9 +647,9 @@ class _Mails:
                 flight_id=self._holds.get(due.n, self.flight.id),
                 status=status,
                 reason=reason,
-                attempted=outcome is not None,
+                attempted=outcome is not None if attempted is None else attempted,
                 due_at=due_at,
-                relay=self.relay if outcome is not None else None,
+                relay=self.flight.relay.name if outcome is not None else None,
                 reply=outcome.reply if outcome is not None else reply,
                 flown_at=self.flight.begun,
                 at=self.sender.clock(),

@@ -49,6 +49,7 @@ def examine(settings: Settings) -> list[Check]:
         _broker,
         _relays,
         _senders,
+        _operators,
         _links,
         _status_page,
         _templates,
@@ -124,6 +125,7 @@ def _opened_database(database: Database, settings: Settings) -> Iterator[Check]:
     _try_to_write(database)
     yield Check("database", "ok", f"{database.dialect}, at the code's schema, writable")
     yield from _pauses(database)
+    yield from _matters(database, settings)
     try:
         app.require_catalogues(database, load_catalogues(settings.catalogues))
     except CatalogueError as error:
@@ -152,6 +154,20 @@ def _pauses(database: Database) -> Iterator[Check]:
     if rows:
         named = ", ".join(f"{row.scope} {row.value}".strip() for row in rows)
         yield Check("pauses", "note", f"paused: {named}; `rolecast resume` goes on")
+
+
+def _matters(database: Database, settings: Settings) -> Iterator[Check]:
+    """What needs a person now; what is only told along is a note."""
+    from worker import standing
+
+    with database.read() as connection:
+        found = standing.look(connection, settings, now=database.clock())
+    for one in found:
+        level: Level = "finding" if one.alone else "note"
+        events = f" ({', '.join(one.events)}{f' and {one.more:,} more' if one.more else ''})" if one.events else ""
+        yield Check("matters", level, f"{one.title}{events}: {one.what_to_do}")
+    if not found:
+        yield Check("matters", "ok", "nothing needs a person")
 
 
 def _broker(settings: Settings) -> Iterator[Check]:
@@ -205,6 +221,21 @@ def _senders(settings: Settings) -> Iterator[Check]:
         yield Check("sender", "finding", message)
     else:
         yield Check("sender", "ok", str(settings.sender or "one for each class"))
+
+
+def _operators(settings: Settings) -> Iterator[Check]:
+    from worker.notices import recipients
+
+    told = recipients(settings)
+    if told:
+        yield Check("operators", "ok", f"{len(told)} hear of what needs a person")
+    elif not settings.operators:
+        message = "ROLECAST_OPERATORS is not set: nobody is mailed about what needs a person"
+        yield Check("operators", "note", message)
+    elif settings.delivery != "live":
+        yield Check("operators", "note", f"no notice is mailed: ROLECAST_DELIVERY is {settings.delivery}")
+    else:
+        yield Check("operators", "note", "no notice is mailed before ROLECAST_SENDER is set")
 
 
 def _links(settings: Settings) -> Iterator[Check]:
@@ -297,7 +328,8 @@ def _relay_url(relay: RelaySettings) -> str:
     who = f"{relay.user}:***@" if relay.password is not None else f"{relay.user}@" if relay.user else ""
     scheme = "smtps" if relay.implicit_tls else "smtp"
     tls = "" if relay.implicit_tls else f"tls={relay.tls}&"
-    return f"{scheme}://{who}{relay.name}?{tls}connections={relay.connections}&rate={relay.rate:g}"
+    quota = f"&daily={relay.daily}&warmup={relay.warmup}" if relay.daily else ""
+    return f"{scheme}://{who}{relay.name}?{tls}connections={relay.connections}&rate={relay.rate:g}{quota}"
 
 
 def _without_password(url: Secret) -> str:

@@ -54,6 +54,7 @@ class Due:
     attempts: int
     first_flight_at: int | None
     grounds: tuple[GroundRow, ...]
+    reason: str | None = None  # why it waited until now
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def load(connection: Connection, event: EventRow, numbers: Sequence[int]) -> tup
     table = deliveries
     rows = connection.execute(
         select(
-            table.c.n, table.c.mailbox_id, table.c.attempts, table.c.first_flight_at,
+            table.c.n, table.c.mailbox_id, table.c.attempts, table.c.first_flight_at, table.c.reason,
             table.c.account_id, table.c.contact_id, verdict_shapes.c.body,
         )
         .join(verdict_shapes, verdict_shapes.c.id == table.c.shape_id)
@@ -105,6 +106,7 @@ def load(connection: Connection, event: EventRow, numbers: Sequence[int]) -> tup
             mailbox=row.mailbox_id,
             attempts=row.attempts,
             first_flight_at=row.first_flight_at,
+            reason=row.reason,
             grounds=(
                 GroundRow(row.account_id, row.contact_id, shape_of(row.body)),
                 *further.get(row.n, ()),

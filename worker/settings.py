@@ -30,6 +30,9 @@ DELIVERY_MODES = ("test", "team", "live")
 SHORTEST_KEY = 16
 #: Characters of a key that signs links.
 
+SLOWEST_RATE = 0.001
+#: Mails a second: a slower one would be a mistake rather than a limit.
+
 
 class SettingsError(Exception):
     """A setting is unknown or can't be read; the message is one line naming it, its value and the remedy."""
@@ -56,6 +59,8 @@ class RelaySettings:
     password: Secret | None
     connections: int  # the limit of one worker process, all lanes together
     rate: float  # mails a second, of the installation; 0 = no limit
+    daily: int = 0  # mails a UTC day, of the installation; 0 = no limit
+    warmup: int = 0  # days until `daily` is reached: it doubles each day until then
 
     @property
     def name(self) -> str:
@@ -78,6 +83,17 @@ class Team:
     def __contains__(self, address: str) -> bool:
         """Whether a normalised address belongs to the team."""
         return address in self.addresses or address.rpartition("@")[2] in self.domains
+
+
+@dataclass(frozen=True, slots=True)
+class DomainRate:
+    """How many mails a second the installation sends to the addresses of one domain."""
+
+    domain: str  # as normalised addresses have it: A-labels
+    rate: float
+
+    def __str__(self) -> str:
+        return f"{self.domain}={self.rate:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +133,21 @@ class Settings:
     operators: tuple[str, ...] = ()
     log_format: Literal["console", "json"] | None = None
     lease_seconds: int = 30
+    retry_minutes: tuple[int, ...] = (1, 5, 15, 30, 60, 120, 240)
+    retry_minutes_promotional: tuple[int, ...] | None = None
+    retry_minutes_informational: tuple[int, ...] | None = None
+    retry_minutes_operational: tuple[int, ...] | None = None
+    retry_minutes_transactional: tuple[int, ...] | None = None
+    retry_minutes_approval: tuple[int, ...] | None = None
+    retry_minutes_security: tuple[int, ...] | None = None
+    give_up_hours: int = 96
+    give_up_hours_promotional: int | None = None
+    give_up_hours_informational: int | None = None
+    give_up_hours_operational: int | None = None
+    give_up_hours_transactional: int | None = None
+    give_up_hours_approval: int | None = None
+    give_up_hours_security: int | None = None
+    domain_rates: tuple[DomainRate, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)  # name -> where its value came from
 
     def sender_of(self, class_: str) -> str | None:
@@ -135,6 +166,16 @@ class Settings:
             return self.bounce_domain
         sender = self.sender_of(class_)
         return domain_of(sender) if sender else None
+
+    def retry_minutes_of(self, class_: str) -> tuple[int, ...]:
+        """How long a mail of a class that was refused for now waits, by attempts made; the last one repeats."""
+        specific: tuple[int, ...] | None = getattr(self, f"retry_minutes_{class_}", None)
+        return specific or self.retry_minutes
+
+    def give_up_hours_of(self, class_: str) -> int:
+        """How long a mail of a class is tried, from when it was first owed."""
+        specific: int | None = getattr(self, f"give_up_hours_{class_}", None)
+        return specific or self.give_up_hours
 
     @property
     def public_host(self) -> str:
@@ -443,6 +484,37 @@ def _catalogues(value: Any) -> tuple[str, ...]:
     return names
 
 
+def _retry_minutes(value: Any) -> tuple[int, ...]:
+    try:
+        parts = value if isinstance(value, Sequence) and not isinstance(value, str) else _list(value)
+        minutes = tuple(map(_whole(1, 1440), parts))
+    except ValueError:
+        minutes = ()
+    if not minutes:
+        message = "give whole minutes from 1 to 1440, separated by commas, such as 1,5,15,30,60"
+        raise ValueError(message)
+    return minutes
+
+
+def _domain_rates(value: Any) -> tuple[DomainRate, ...]:
+    rates: dict[str, DomainRate] = {}
+    for part in _list(value):
+        domain, _, number = part.rpartition("=")
+        try:
+            rate = float(number)
+        except ValueError:
+            rate = 0.0
+        if not domain or not SLOWEST_RATE <= rate < 1e9:
+            message = f"{part!r} is not DOMAIN=MAILS A SECOND, such as gmail.example=10 or slow.example=0.5"
+            raise ValueError(message)
+        name = _domain(domain)
+        if name in rates:
+            message = f"{name} stands in it twice: keep one of them"
+            raise ValueError(message)
+        rates[name] = DomainRate(name, rate)
+    return tuple(rates.values())
+
+
 def _relays(value: Any) -> tuple[RelaySettings, ...]:
     return tuple(_relay(part) for part in _list(value, separator=None))
 
@@ -463,6 +535,10 @@ def _relay(text: str) -> RelaySettings:
     if parts.password is not None and not parts.username:
         message = "a password stands without its user: give user:password@"
         raise ValueError(message)
+    daily, warmup = _whole(0, 10**9)(options.get("daily", 0)), _whole(0, 60)(options.get("warmup", 0))
+    if warmup and not daily:
+        message = "warmup stands without daily: give the mails a day that it leads up to, such as daily=50000&warmup=14"
+        raise ValueError(message)
     return RelaySettings(
         host=parts.hostname,
         port=parts.port or (465 if implicit else 587),
@@ -472,14 +548,16 @@ def _relay(text: str) -> RelaySettings:
         password=Secret(unquote(parts.password)) if parts.password is not None else None,
         connections=_whole(1, 256)(options.get("connections", 8)),
         rate=_rate(options.get("rate", "0")),
+        daily=daily,
+        warmup=warmup,
     )
 
 
 def _relay_options(parts: SplitResult) -> dict[str, str]:
     options = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
-    unknown = sorted(set(options) - {"tls", "connections", "rate"})
+    unknown = sorted(set(options) - {"tls", "connections", "rate", "daily", "warmup"})
     if unknown:
-        message = f"the option {unknown[0]!r} is unknown: there are tls, connections and rate"
+        message = f"the option {unknown[0]!r} is unknown: there are tls, connections, rate, daily and warmup"
         raise ValueError(message)
     return options
 
@@ -489,8 +567,8 @@ def _rate(value: str) -> float:
         rate = float(value)
     except ValueError:
         rate = -1.0
-    if not 0 <= rate < 1e9:
-        message = "rate is mails a second: give 0 (no limit) or a number above it"
+    if rate != 0 and not SLOWEST_RATE <= rate < 1e9:
+        message = f"rate is mails a second: give 0 (no limit) or a number from {SLOWEST_RATE}"
         raise ValueError(message)
     return rate
 
@@ -519,6 +597,11 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "operators": _addresses,
     "log_format": _one_of("console", "json"),
     "lease_seconds": _whole(1, 3600),
+    "retry_minutes": _retry_minutes,
+    **{f"retry_minutes_{name}": _retry_minutes for name in CLASSES},
+    "give_up_hours": _whole(1, 720),
+    **{f"give_up_hours_{name}": _whole(1, 720) for name in CLASSES},
+    "domain_rates": _domain_rates,
 }
 _SECRET = {"database_url", "broker_url", "relay_urls", "secret_keys"}
 
