@@ -4,11 +4,13 @@ It promises two kinds of transaction and nothing else: `read()` sees one snapsho
 changes. In a process one writer works at a time (a lock stands before SQLite's own), so that writers queue in order
 instead of spinning on "database is locked". Nothing is opened before `Database` is made.
 
-Times are whole microseconds since 1970, UTC, everywhere: `Clock` is what tests replace.
+Times are whole microseconds since 1970, UTC, everywhere: `Clock` is what tests replace. On PostgreSQL, where several
+hosts work, the server's clock counts (`Database.clock`), so that a host whose clock is wrong does no harm.
 """
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import threading
 import time
@@ -18,8 +20,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
-from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.exc import DatabaseError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
 Clock = Callable[[], int]
@@ -27,6 +30,19 @@ Clock = Callable[[], int]
 
 BUSY_SECONDS = 15.0
 #: How long a writer waits for another process before it gives up.
+
+STALL_SECONDS = 20
+#: After so long at the most PostgreSQL ends a transaction whose process stopped in the middle: its locks would stop
+#: all others.
+
+SILENCE_SECONDS = 15
+#: A connection over which nothing comes back for so long is given up: the server, or the way to it, is gone.
+
+CLOCK_SECONDS = 30
+#: How often the server's clock is asked for.
+
+RESERVE_BYTES = 64 * 1024 * 1024
+#: With less free space beside a SQLite file nothing new is taken on: what is under way must still be recorded.
 
 READERS = 32
 #: Connections kept for readers of one process; more are opened under load and closed again.
@@ -48,38 +64,104 @@ class Database:
     Rolecast knows, or its folder does not exist.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, stall_seconds: int = STALL_SECONDS) -> None:
         self.url = url
         self.dialect = _dialect(url)
         self.path = _sqlite_path(url) if self.dialect == "sqlite" else None
-        self.engine = _sqlite_engine(url) if self.dialect == "sqlite" else _postgresql_engine(url)
+        self.engine = _sqlite_engine(url) if self.dialect == "sqlite" else _postgresql_engine(url, stall_seconds)
+        self.clock: Clock = system_clock if self.dialect == "sqlite" else _ServerClock()
         self._writer = threading.Lock()
 
     @contextmanager
-    def read(self) -> Iterator[Connection]:
-        """A connection that sees one state of the database and changes nothing."""
-        with _translated(self.url), self.engine.connect() as plain:
+    def read(self, *, patient: bool = False) -> Iterator[Connection]:
+        """A connection that sees one state of the database and changes nothing.
+
+        `patient`: it may rest between two statements for as long as it likes, as an export into a pager does.
+        """
+        with self.translated(), self.engine.connect() as plain:
             # PostgreSQL's default would let each statement see another state; SQLite has one state a transaction.
             level = {"isolation_level": "REPEATABLE READ"} if self.dialect == "postgresql" else {}
             connection = plain.execution_options(**level)
             with connection.begin():
+                if patient and self.dialect == "postgresql":
+                    connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
                 yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction that commits at the end and rolls back on any error; one at a time on SQLite."""
         if self.dialect != "sqlite":
-            with _translated(self.url), self.engine.begin() as connection:
+            with self.translated(), self.engine.begin() as connection:
+                if isinstance(self.clock, _ServerClock):
+                    self.clock.renew(connection)
                 yield connection
             return
-        with self._writer, _translated(self.url), self.engine.connect() as plain:
+        with self._writer, self.translated(), self.engine.connect() as plain:
             connection = plain.execution_options(rolecast_writes=True)
             with connection.begin():
                 yield connection
 
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Turn a driver's complaint about the database itself (not about a statement) into `DatabaseUnusable`."""
+        try:
+            yield
+        except (OperationalError, InterfaceError) as error:
+            raise DatabaseUnusable(_sentence(self.url, error)) from error
+        except PoolTimeout as error:
+            message = f"the database {_place(self.url)} has no free connection for us: try again"
+            raise DatabaseUnusable(message) from error
+        except DatabaseError as error:
+            said = str(error.orig)
+            damaged = isinstance(error.orig, sqlite3.DatabaseError) and (
+                "not a database" in said or "malformed" in said
+            )
+            if damaged or error.connection_invalidated:
+                raise DatabaseUnusable(_sentence(self.url, error)) from error
+            raise
+
+    def shortage(self) -> str | None:
+        """Why nothing new should be taken on: the disk of a SQLite file is almost full; None where there is room.
+
+        SQLite may say "full" to one statement and not to the next, so the record of a mail that left could fail
+        (reliability.md R12): room for it is kept.
+        """
+        if self.path is None:
+            return None
+        free = shutil.disk_usage(self.path.parent).free
+        if free >= RESERVE_BYTES:
+            return None
+        return (
+            f"only {free // 1_048_576} MB are free beside {self.path}, and {RESERVE_BYTES // 1_048_576} are kept for "
+            "what is under way: make room"
+        )
+
     def close(self) -> None:
         """Close every connection."""
         self.engine.dispose()
+
+
+class _ServerClock:
+    """The PostgreSQL server's clock, as this process knows it: asked for now and then, and counted on from there."""
+
+    def __init__(self) -> None:
+        self._offset: float | None = None
+        self._asked_at = 0.0
+
+    def __call__(self) -> int:
+        """The time now in microseconds; this host's until the server was asked once."""
+        return system_clock() if self._offset is None else int((time.monotonic() + self._offset) * 1_000_000)
+
+    def renew(self, connection: Connection) -> None:
+        """Ask the server, where that was long ago."""
+        before = time.monotonic()
+        if self._offset is not None and before - self._asked_at < CLOCK_SECONDS:
+            return
+        query = text("SELECT extract(epoch FROM clock_timestamp())::double precision")
+        there = float(connection.execute(query).scalar_one())
+        after = time.monotonic()
+        self._offset = there - (before + after) / 2
+        self._asked_at = after
 
 
 def _dialect(url: str) -> str:
@@ -152,31 +234,42 @@ def _sqlite_engine(url: str) -> Engine:
     return engine
 
 
-def _postgresql_engine(url: str) -> Engine:
+def _postgresql_engine(url: str, stall_seconds: int) -> Engine:
     address = "postgresql+psycopg://" + url.partition("://")[2]
     try:
-        return create_engine(address, pool_size=10, max_overflow=20, pool_pre_ping=True)
+        return create_engine(
+            address,
+            pool_size=10,
+            max_overflow=20,
+            pool_pre_ping=True,
+            connect_args=_connection_options(url, stall_seconds),
+        )
     except ModuleNotFoundError as error:
         message = "database_url names PostgreSQL, but its driver is not installed: install rolecast[postgres]"
         raise DatabaseUnusable(message) from error
 
 
-@contextmanager
-def _translated(url: str) -> Iterator[None]:
-    """Turn a driver's complaint about the database itself (not about a statement) into one sentence."""
-    try:
-        yield
-    except OperationalError as error:
-        raise DatabaseUnusable(_sentence(url, error)) from error
-    except DatabaseError as error:
-        said = str(error.orig)
-        if isinstance(error.orig, sqlite3.DatabaseError) and ("not a database" in said or "malformed" in said):
-            raise DatabaseUnusable(_sentence(url, error)) from error
-        raise
+def _connection_options(url: str, stall_seconds: int) -> dict[str, Any]:
+    """libpq's options that keep a lost server from being waited for; those in the URL win."""
+    ours: dict[str, Any] = {
+        "connect_timeout": 5,
+        "keepalives_idle": 5,
+        "keepalives_interval": 5,
+        "keepalives_count": 2,
+        "tcp_user_timeout": SILENCE_SECONDS * 1000,
+        "application_name": "rolecast",
+        "options": f"-c idle_in_transaction_session_timeout={stall_seconds}s",
+    }
+    given = dict(parse_qsl(url.partition("?")[2]))
+    return {name: value for name, value in ours.items() if name not in given}
 
 
-def _sentence(url: str, error: DatabaseError) -> str:
-    place = url.rpartition("@")[2]  # never the password
+def _place(url: str) -> str:
+    return url.rpartition("@")[2]  # never the password
+
+
+def _sentence(url: str, error: DBAPIError) -> str:
+    place = _place(url)
     said = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error.orig).__name__
     for mark, remedy in _REMEDIES:
         if mark in said:

@@ -220,7 +220,7 @@ def plan_import(
     `prune` also removes the accounts that it does not name. Raises ChangeError where the document is good in itself,
     but not together with what the directory has (a group in a role that it holds there already).
     """
-    with database.read() as connection, _collector_paused():
+    with database.read(patient=True) as connection, _collector_paused():
         batches = _batches(connection, document, catalogues, prune=prune, progress=progress)
         return plan_batches(connection, _actor(document), batches, catalogues=catalogues, now=now)
 

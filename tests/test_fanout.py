@@ -25,7 +25,7 @@ from tests.house import (
     import_accounts,
     publish,
 )
-from worker import fanout, leases, ledger
+from worker import decisions, fanout, leases, ledger
 from worker.app import App
 from worker.fanout import pack, plan_event, take_event, unpack
 from worker.schema import deliveries, events, more_grounds, slices, verdict_shapes, verdicts
@@ -95,7 +95,7 @@ def test_a_planning_that_crashed_is_resumed_where_it_stopped(tmp_path: Path) -> 
         plan(app, page=2, pages=2)
         assert len(rows(app, select(deliveries))) == 4
         with app.database.write() as connection:
-            leases.free_orphans(connection, 99, dead_before=None, now=NOW)
+            leases.free_orphans(connection, 99, dead=None, now=NOW)
         plan(app, page=2)
         assert sorted(row.n for row in rows(app, select(deliveries))) == list(range(1, 8))
         assert rows(app, select(events.c.status, events.c.next_n, events.c.plan_owner)) == [("sending", 8, None)]
@@ -146,7 +146,7 @@ def test_a_cancelled_event_is_planned_no_further(tmp_path: Path) -> None:
         publish(app, event("announcement.published", accounts="all"))
         plan(app, page=2, pages=1)
         with app.database.write() as connection:
-            assert ledger.cancel(connection, 1, owner=0, now=NOW) == 2
+            assert decisions.cancel(connection, 1, owner=0, now=NOW) == 2
             connection.execute(events.update().values(plan_owner=None))
             assert take_event(connection, WORKER, now=NOW) is None
             assert ledger.totals(connection, 1) == {"cancelled": 2}

@@ -6,8 +6,8 @@ import pytest
 
 from subscriptions.changes import Actor, PutContact, RemoveContact, apply
 from tests.house import ACME, GLOBEX, NOW, event, house, publish
-from worker import fanout, feeding, history, leases, ledger
-from worker.ledger import Status
+from worker import decisions, fanout, feeding, history, leases, ledger
+from worker.ledger import Lane, Status
 
 SHARED_ADA = {
     **GLOBEX,
@@ -27,7 +27,7 @@ def app(tmp_path):
 def planned(app):
     """Plan every broadcast that waits."""
     with app.database.write() as connection:
-        worker = leases.register(connection, host="test", pid=1, lanes="bulk", now=NOW)
+        worker = leases.register(connection, host="test", pid=1, lanes=[Lane.BULK], now=NOW)
     while True:
         with app.database.write() as connection:
             taken = fanout.take_event(connection, worker, now=app.clock())
@@ -66,7 +66,7 @@ def test_the_state_of_an_event_counts_deliveries_by_status(app):
 def test_what_an_open_flight_names_counts_as_sending(app):
     publish(app, event("invoice.issued"))
     with app.database.write() as connection:
-        worker = leases.register(connection, host="test", pid=1, lanes="bulk", now=NOW)
+        worker = leases.register(connection, host="test", pid=1, lanes=[Lane.BULK], now=NOW)
         taken = ledger.claim(connection, 1, worker, now=NOW)
         ledger.begin(connection, taken, worker, [1], now=NOW)
     assert asked(app, history.event_state, "/test", "e1")["totals"] == {"sending": 1}
@@ -241,11 +241,11 @@ def settled(app, status, reason):
 @pytest.mark.parametrize(
     ("decide", "status", "changed"),
     [
-        (ledger.release, Status.HELD, 1),
-        (ledger.release, Status.FAILED, 0),
-        (ledger.retry, Status.FAILED, 1),
-        (ledger.retry, Status.HELD, 0),
-        (ledger.retry, Status.ACCEPTED, 0),
+        (decisions.release, Status.HELD, 1),
+        (decisions.release, Status.FAILED, 0),
+        (decisions.retry, Status.FAILED, 1),
+        (decisions.retry, Status.HELD, 0),
+        (decisions.retry, Status.ACCEPTED, 0),
     ],
 )
 def test_a_person_lets_held_mail_go_and_tries_failed_mail_again(app, decide, status, changed):

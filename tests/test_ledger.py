@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from sqlalchemy import insert, select
 
 from subscriptions.database import Database
-from tests.house import DAY, NOW
+from tests.house import NOW
 from worker import feeding, leases, ledger
 from worker.ledger import Claim, Lane, Settlement, Status
 from worker.schema import deliveries, events, flights, slices
@@ -40,7 +39,7 @@ def plan(database: Database, *, mails: int = 3, class_: str = "operational", lan
 
 def worker(database: Database, *, now: int = NOW) -> int:
     with database.write() as connection:
-        return leases.register(connection, host="h", pid=1, lanes="all", now=now)
+        return leases.register(connection, host="h", pid=1, lanes=list(Lane), now=now)
 
 
 def claim(database: Database, owner: int, slice_id: int = 1) -> Claim | None:
@@ -96,7 +95,7 @@ def test_who_lost_the_claim_records_acceptances_only(database: Database) -> None
     taken = claim(database, slow)
     assert taken is not None
     with database.write() as connection:
-        leases.free_orphans(connection, quick, dead_before=None, now=NOW)
+        leases.free_orphans(connection, quick, dead=None, now=NOW)
     again = claim(database, quick)
     assert again is not None
     assert again.epoch == taken.epoch + 1
@@ -118,7 +117,7 @@ def test_what_a_vanished_worker_had_in_flight_is_sent_again_or_held_by_class(
     assert taken is not None
     with database.write() as connection:
         ledger.begin(connection, taken, gone, [2], now=NOW)
-        assert leases.free_orphans(connection, rescuer, dead_before=None, now=NOW) == 1
+        assert leases.free_orphans(connection, rescuer, dead=None, now=NOW) == 1
         assert connection.execute(select(flights)).all() == []
         attempts = connection.execute(select(deliveries.c.attempts).order_by(deliveries.c.n)).scalars().all()
     assert statuses(database) == [Status.PLANNED, expected, Status.PLANNED]
@@ -126,13 +125,102 @@ def test_what_a_vanished_worker_had_in_flight_is_sent_again_or_held_by_class(
     assert claim(database, rescuer) is not None
 
 
+def test_an_acceptance_that_is_learnt_late_settles_what_was_held_as_unknown(database: Database) -> None:
+    plan(database, class_="transactional")
+    slow, rescuer = worker(database), worker(database)
+    taken = claim(database, slow)
+    assert taken is not None
+    with database.write() as connection:
+        ledger.begin(connection, taken, slow, [1], now=NOW)
+        ledger.begin(connection, taken, slow, [2], now=NOW)
+        leases.free_orphans(connection, rescuer, dead=None, now=NOW)
+    assert statuses(database) == [Status.HELD, Status.HELD, Status.PLANNED]
+    assert settle(database, slow, outcome(taken, 1, Status.ACCEPTED), outcome(taken, 2, Status.FAILED)) == 1
+    assert statuses(database) == [Status.ACCEPTED, Status.HELD, Status.PLANNED]
+    with database.read() as connection:
+        assert ledger.totals(connection, 1) == {"accepted": 1, "held": 1, "planned": 1}
+        attempts = connection.execute(select(deliveries.c.attempts).order_by(deliveries.c.n)).scalars().all()
+    assert attempts == [1, 1, 0]
+
+
+def test_who_frees_a_slice_waits_for_a_flight_that_is_just_being_begun(postgresql_database: Database) -> None:
+    plan(postgresql_database, class_="transactional")
+    frozen, rescuer = worker(postgresql_database), worker(postgresql_database)
+    taken = claim(postgresql_database, frozen)
+    assert taken is not None
+
+    def free() -> int:
+        with postgresql_database.write() as connection:
+            return leases.free_orphans(connection, rescuer, dead=None, now=NOW)
+
+    with ThreadPoolExecutor(1) as pool:
+        with postgresql_database.write() as connection:
+            assert ledger.begin(connection, taken, frozen, [1], now=NOW)[0]
+            freeing = pool.submit(free)
+            time.sleep(0.3)  # frozen between the statement and its commit
+            assert not freeing.done()
+        assert freeing.result() == 1
+    assert statuses(postgresql_database) == [Status.HELD, Status.PLANNED, Status.PLANNED]
+
+
 def test_a_worker_whose_heart_beats_keeps_its_slices(database: Database) -> None:
     plan(database)
     alive, other = worker(database), worker(database)
     assert claim(database, alive)
+    watch = leases.Watch(other, 30, longest_step=10)
+    for second in range(0, 120, 5):
+        with database.write() as connection:
+            assert leases.beat(connection, alive, now=NOW - second * 1_000_000), "a clock that runs backwards"
+            dead = watch.look(connection, at=second)
+            assert leases.free_orphans(connection, other, dead=dead, now=NOW) == 0
+
+
+def test_a_worker_whose_heart_is_silent_for_a_lease_loses_its_slices_and_learns_of_it(database: Database) -> None:
+    plan(database)
+    silent, other = worker(database), worker(database)
+    assert claim(database, silent)
+    watch = leases.Watch(other, 30, longest_step=10)
+    freed = []
+    for second in range(0, 45, 5):
+        with database.write() as connection:
+            dead = watch.look(connection, at=second)
+            freed.append(leases.free_orphans(connection, other, dead=dead, now=NOW))
+    assert freed == [0, 0, 0, 0, 0, 0, 1, 0, 0]
     with database.write() as connection:
-        assert leases.free_orphans(connection, other, dead_before=NOW - 1, now=NOW) == 0
-        assert leases.free_orphans(connection, other, dead_before=NOW + 1, now=NOW) == 1
+        assert not leases.beat(connection, silent, now=NOW)
+        assert leases.beat(connection, other, now=NOW)
+
+
+def test_who_was_frozen_itself_calls_nobody_dead(database: Database) -> None:
+    plan(database)
+    silent, other = worker(database), worker(database)
+    assert claim(database, silent)
+    watch = leases.Watch(other, 30, longest_step=10)
+    with database.write() as connection:
+        assert watch.look(connection, at=0) == {}
+        assert watch.look(connection, at=3600) == {}, "an hour without a look is one step of silence"
+
+
+def test_a_heartbeat_that_comes_at_the_last_moment_saves_the_worker(database: Database) -> None:
+    plan(database)
+    late, other = worker(database), worker(database)
+    assert claim(database, late)
+    with database.write() as connection:
+        dead = {late: NOW}
+        assert leases.beat(connection, late, now=NOW + 1)
+        assert leases.free_orphans(connection, other, dead=dead, now=NOW) == 0
+
+
+def test_a_claim_that_nobody_works_on_is_given_back(database: Database) -> None:
+    plan(database)
+    me = worker(database)
+    taken = claim(database, me)
+    assert taken is not None
+    with database.write() as connection:
+        assert leases.owned(connection, me) == {taken.slice_id}
+        assert leases.free_some(connection, me, {taken.slice_id}, now=NOW) == 1
+        assert leases.owned(connection, me) == set()
+    assert claim(database, me) is not None
 
 
 def test_deferred_mail_comes_back_in_a_slice_of_its_own_when_it_is_due(database: Database) -> None:
@@ -146,7 +234,7 @@ def test_deferred_mail_comes_back_in_a_slice_of_its_own_when_it_is_due(database:
     )  # fmt: skip
     with database.write() as connection:
         ledger.finish(connection, taken, me, now=NOW)
-        assert feeding.ended(connection) == []
+        assert feeding.ended(connection) == ([], 0)
         assert feeding.gather_retries(connection, now=NOW) == 0
         assert feeding.gather_retries(connection, now=NOW + 60) == 1
         chosen = feeding.take_for_queue(connection, Lane.URGENT, room=4, now=NOW + 60)
@@ -156,7 +244,8 @@ def test_deferred_mail_comes_back_in_a_slice_of_its_own_when_it_is_due(database:
         assert ledger.owed(connection, retry) == [2]
         ledger.settle(connection, me, [outcome(retry, 2, Status.ACCEPTED)])
         ledger.finish(connection, retry, me, now=NOW)
-        assert feeding.ended(connection) == [(1, "U1")]
+        assert feeding.ended(connection) == ([], 0), "its last slice ended it"
+        assert connection.execute(select(events.c.status)).scalar_one() == "done"
 
 
 def test_a_queue_that_lost_its_messages_is_filled_again(database: Database) -> None:
@@ -189,15 +278,3 @@ def test_each_class_travels_in_its_lane() -> None:
         "security": Lane.URGENT,
     }
     assert {ledger.lane_of(name, broadcast=True) for name in ALL_CLASSES} == {Lane.BULK}
-
-
-@given(attempts=st.integers(1, 400), age=st.integers(0, 10 * DAY), spread=st.floats(0, 1))
-def test_retries_are_never_less_than_a_minute_apart_and_never_after_the_time_to_live(
-    attempts: int, age: int, spread: float
-) -> None:
-    at = ledger.retry_at(attempts, now=NOW + age, accepted_at=NOW, spread=spread)
-    if at is None:
-        assert age + 5 * 3_600_000_000 > ledger.GIVE_UP_DAYS * DAY
-    else:
-        assert 60_000_000 <= at - (NOW + age) <= 5 * 3_600_000_000
-        assert at < NOW + ledger.GIVE_UP_DAYS * DAY

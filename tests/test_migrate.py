@@ -14,10 +14,13 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import func, select, text
 
-from subscriptions.database import Database, DatabaseUnusable
+from subscriptions.database import Database, DatabaseUnusable, system_clock
 from subscriptions.schema import installation, metadata
 from tests.databases import NOW, _named, _statement
+from tests.house import ACME, event, house, publish
+from tests.smtpd import SmtpServer
 from worker import migrate
+from worker.app import Engine
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,10 +87,43 @@ def test_an_empty_postgresql_database_waits_for_the_upgrade(empty: Database) -> 
     migrate.prepare(empty, clock=clock)
 
 
+def a_newer_schema(database: Database, *, oldest_code: int) -> None:
+    """What a later version's migration might leave: a table and columns more."""
+    with database.write() as connection:
+        connection.execute(text("CREATE TABLE later (id INTEGER PRIMARY KEY)"))
+        for table in ("events", "deliveries", "slices", "workers"):
+            connection.execute(text(f"ALTER TABLE {table} ADD COLUMN later TEXT"))
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        connection.execute(text("UPDATE installation SET oldest_code = :oldest"), {"oldest": oldest_code})
+
+
+def test_a_worker_goes_on_while_and_after_a_newer_version_migrates_the_database(tmp_path: Path) -> None:
+    with SmtpServer() as server:
+        relay = f"smtp://127.0.0.1:{server.port}?tls=none"
+        with house(tmp_path, ACME, clock=system_clock, relay_urls=relay, public_url="https://n.vendor.example") as app:
+            engine = Engine(app)
+            engine.start()
+            try:
+                publish(app, event("file.failed", id="before"))
+                a_newer_schema(app.database, oldest_code=1)
+                publish(app, event("file.failed", id="meanwhile"))
+                assert engine.until_idle(seconds=30)
+            finally:
+                engine.stop()
+        with house(tmp_path, clock=system_clock, relay_urls=relay, public_url="https://n.vendor.example") as app:
+            publish(app, event("file.failed", id="afterwards"))
+            engine = Engine(app)
+            engine.start()
+            try:
+                assert engine.until_idle(seconds=30)
+            finally:
+                engine.stop()
+        assert len(server.accepted) == 3
+
+
 def test_a_database_newer_than_the_code_is_refused_in_one_sentence(empty: Database) -> None:
     migrate.upgrade(empty, clock=clock)
-    with empty.write() as connection:
-        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    a_newer_schema(empty, oldest_code=9999)
     for attempt in (migrate.prepare, migrate.upgrade):
         with pytest.raises(migrate.SchemaError, match=r"schema 9999, .*made by a newer one; install that") as caught:
             attempt(empty, clock=clock)
@@ -142,6 +178,7 @@ import os, sys
 import alembic.command
 from subscriptions.database import Database, system_clock
 from worker import migrate
+from worker.app import Engine
 
 def start():
     database = Database(sys.argv[1])

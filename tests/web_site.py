@@ -18,6 +18,7 @@ from subscriptions.database import system_clock
 from worker import events, fanout, keys, leases, settings
 from worker.app import App, open_app
 from worker.intake import Publisher
+from worker.ledger import Lane
 from worker.links import Links, keys_for
 from worker.web.inbox import Inbox
 from worker.web.server import build
@@ -110,7 +111,7 @@ class Web:
         event = events.parse_event(an_event(type_name, **data))
         (accepted,) = self.app.intake.accept([event], Publisher())
         with self.app.database.write() as connection:
-            worker = leases.register(connection, host="test", pid=1, lanes="bulk", now=self.app.clock())
+            worker = leases.register(connection, host="test", pid=1, lanes=[Lane.BULK], now=self.app.clock())
             taken = fanout.take_event(connection, worker, now=self.app.clock())
         if taken is not None:
             fanout.plan_event(

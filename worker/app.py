@@ -6,12 +6,13 @@ what works: broker, event loop, relays, scheduler. Nothing is opened before they
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -22,26 +23,30 @@ from sqlalchemy import select
 
 from subscriptions import schema
 from subscriptions.catalogue import Catalogue, CatalogueError, load_catalogues
-from subscriptions.database import Clock, Database, system_clock
-from worker import actors, feeding, leases, logs, migrate
-from worker.broker import QUEUES, Loop, make_broker
-from worker.delivery import Sender, Settler
+from subscriptions.database import STALL_SECONDS, Clock, Database, DatabaseUnusable
+from worker import actors, feeding, leases, logs, migrate, notices, restore
+from worker.broker import QUEUES, HardenedRedisBroker, Loop, make_broker
+from worker.delivery import Sender
 from worker.fanout import Planner
+from worker.heartbeat import Heartbeat
 from worker.intake import Intake
 from worker.ledger import Lane
 from worker.links import Links, keys_for
 from worker.lock import WorkLock
 from worker.mails import Composer
-from worker.relay import Relay, Relays
+from worker.relay import Relay, RelayError, Relays
 from worker.rendering import Renderer
-from worker.rescue import QUEUED_SECONDS, Scheduler
+from worker.rescue import NOTICE_SECONDS, QUEUED_SECONDS, Scheduler
 from worker.settings import Settings
+from worker.settler import Settler
 from worker.sharedfeed import SharedFeed
 from worker.statuspage import StatusPage
 from worker.writer import Writer
 
 logger = logs.get(__name__)
 
+AHEAD = 8
+#: Messages of a lane of small slices that a process takes ahead, for each one that it works on.
 STOP_SECONDS = 25
 #: How long a stop waits for the flights in hand: less than a container's grace of 30.
 
@@ -78,14 +83,16 @@ class App:
 
 
 @contextmanager
-def open_app(settings: Settings, *, clock: Clock = system_clock, migrates: bool = True) -> Iterator[App]:
+def open_app(settings: Settings, *, clock: Clock | None = None, migrates: bool = True) -> Iterator[App]:
     """Open the installation that the settings name, and close it at the end.
 
-    A SQLite database is made and migrated where `migrates`; a PostgreSQL one must be at the code's schema. Raises
-    `CatalogueError`, `DatabaseUnusable`, `migrate.SchemaError`.
+    A SQLite database is made and migrated where `migrates`; a PostgreSQL one must be at the code's schema. `clock` is
+    the database's unless a test gives another. Raises `CatalogueError`, `DatabaseUnusable`, `migrate.SchemaError`.
     """
     catalogues = load_catalogues(settings.catalogues)
-    database = Database(settings.database_url)
+    # A transaction of a process that froze is ended before its lease is: whoever takes over finds nothing locked.
+    database = Database(settings.database_url, stall_seconds=max(2, min(STALL_SECONDS, settings.lease_seconds // 2)))
+    clock = clock or database.clock
     try:
         migrate.prepare(database, clock=clock, migrates=migrates)
         require_catalogues(database, catalogues)
@@ -127,77 +134,139 @@ class Engine:
     lanes: tuple[Lane, ...] = tuple(Lane)
     broker_client: Any = None  # stands in for Redis in tests
     queued_seconds: float = QUEUED_SECONDS
+    number: int = 0
     _lock: WorkLock | None = None
+    _heart: Heartbeat | None = None
     _broker: Broker | None = None
     _dramatiq: dramatiq.Worker | None = None
     _writer: Writer | None = None
     _scheduler: Scheduler | None = None
     _sender: Sender | None = None
+    _loop: asyncio.AbstractEventLoop | None = None  # where relays and flights live
     _relays: Relays = field(default_factory=lambda: Relays(()))
-    number: int = 0
+    _in_hand: set[int] = field(default_factory=set)
+    _worked: bool = False  # since the last heartbeat
 
     def start(self) -> None:
-        """Take the right to work, and begin. Raises `AnotherWorks`."""
+        """Take the right to work, and begin. Raises `AnotherWorks`, `restore.OlderDatabase`, `DatabaseUnusable`."""
+        try:
+            self._take_the_right()
+            self._open()
+        except BaseException:
+            self.stop()
+            raise
+        logger.info(
+            "worker.started",
+            worker=self.number,
+            lanes=[lane.name.lower() for lane in self.lanes],
+            relays=[relay.name for relay in self.app.settings.relay_urls],
+        )
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other process may work on this database: each would have a queue of its own."""
+        return self.app.settings.broker_url == "memory://"
+
+    def _take_the_right(self) -> None:
+        """The lock, and a number that owns slices."""
         settings, database = self.app.settings, self.app.database
-        alone = settings.broker_url == "memory://"
-        if alone:
-            self._lock = WorkLock(database)
-            if not self._lock.take():
-                holder = self._lock.holder()
-                named = f" (process {holder})" if holder else ""
-                message = f"another process works on this database already{named}: stop it, or leave the work to it"
-                raise AnotherWorks(message)
+        lock = WorkLock(database, shared=not self.alone)
+        if not lock.take():
+            holder = lock.holder()
+            named = f" (process {holder})" if holder and self.alone else ""
+            kind = "another process works" if self.alone else "a process with the broker memory:// works"
+            message = f"{kind} on this database already{named}: stop it, or leave the work to it"
+            raise AnotherWorks(message)
+        self._lock = lock
+        restore.refuse_if_older(database)
         with database.write() as connection:
+            now = self.app.clock()
             self.number = leases.register(
                 connection,
                 host=socket.gethostname(),
                 pid=os.getpid(),
-                lanes=",".join(lane.name.lower() for lane in self.lanes) if settings.relay_urls else "",
-                now=self.app.clock(),
+                lanes=self.lanes if settings.relay_urls else (),
+                now=now,
             )
-            now = self.app.clock()
             feeding.wake_waiting(connection, reasons=["no_https", "no_sender"], now=now)
+        self._heart = Heartbeat(
+            database,
+            lock,
+            worker=self.number,
+            lease_seconds=settings.lease_seconds,
+            clock=self.app.clock,
+            after=self._mark,
+        )
+        self._heart.start()
+
+    def _mark(self) -> None:
+        """Leave beside the database that mails were sent from it, so that an older copy of it is recognised."""
+        if self._worked:
+            self._worked = False
+            restore.mark(self.app.database)
+
+    def _open(self) -> None:
+        """Writer, queue, loop, scheduler: each once, in the order in which they need each other."""
+        settings, database = self.app.settings, self.app.database
+        assert self._heart is not None
         self._writer = Writer(database)
         self._writer.start()
         loop = Loop(self._opened, self._closing)
         self._broker = make_broker(settings.broker_url, [loop], client=self.broker_client)
         actors.declare(self._broker, self._deliver)
-        connections = max((relay.connections for relay in settings.relay_urls), default=1)
-        room = {Lane.URGENT: max(2, connections // 2), Lane.NORMAL: max(2, connections // 2), Lane.BULK: connections}
+        width = self._width()
         self._scheduler = Scheduler(
             database=database,
             broker=self._broker,
             planner=self.app.planner,
             worker=self.number,
             clock=self.app.clock,
-            room=room,
-            alone=alone,
+            width=width,
+            alone=self.alone,
+            heart=self._heart,
             lease_seconds=settings.lease_seconds,
+            in_hand=lambda: frozenset(self._in_hand),
             queued_seconds=self.queued_seconds,
             feed=self.app.feed if settings.status_page_feed_url else None,
             feed_seconds=settings.status_page_every,
             pause_relays=self._pause_relays,
+            relay_problems=lambda: {relay.name: relay.problem for relay in self._relays.all},
+            tell_operators=self._tell_operators,
             sends=bool(settings.relay_urls),
         )
         self.app.intake.wake = self._scheduler.wake
-        if alone:
+        if self.alone:
             self._scheduler.forget_queue()
         self._dramatiq = dramatiq.Worker(
             self._broker,
             queues={queue for lane, queue in QUEUES.items() if lane in self.lanes},
-            worker_threads=sum(room[lane] for lane in self.lanes),
+            worker_threads=sum(width.values()),
             worker_timeout=100,
         )
+        if isinstance(self._broker, HardenedRedisBroker):
+            # As many as are worked on: what one lane takes ahead keeps threads from the others, and what one process
+            # hoards another one waits for. A lane of small slices with a process of its own takes some more.
+            ahead = AHEAD if self.lanes in {(Lane.URGENT,), (Lane.NORMAL,)} else 1
+            self._broker.prefetch = {QUEUES[lane]: ahead * count for lane, count in width.items()}
         self._broker.emit_after("process_boot")
         self._dramatiq.start()
         self._scheduler.start()
-        logger.info("worker.started", worker=self.number, relays=[relay.name for relay in settings.relay_urls])
+
+    def _width(self) -> dict[Lane, int]:
+        """How many slices of each lane are worked on at once: some threads stay free of bulk."""
+        connections = max((relay.connections for relay in self.app.settings.relay_urls), default=1)
+        if len(self.lanes) == 1:
+            return {self.lanes[0]: max(2, connections)}
+        return {lane: max(2, connections if lane is Lane.BULK else connections // 2) for lane in self.lanes}
 
     async def _opened(self) -> None:
         settings = self.app.settings
         assert self._writer is not None
+        assert self._heart is not None
+        self._loop = asyncio.get_running_loop()
         host_name = settings.public_host.partition(":")[0] or socket.gethostname()
-        self._relays = Relays([Relay(relay, host_name=host_name) for relay in settings.relay_urls])
+        lanes = len(self.lanes)
+        self._relays = Relays([Relay(relay, host_name=host_name, lanes=lanes) for relay in settings.relay_urls])
         self._sender = Sender(
             settings=settings,
             planner=self.app.planner,
@@ -209,6 +278,7 @@ class Engine:
             worker=self.number,
             clock=self.app.clock,
             may_send=self.may_send,
+            holds=self._heart.holds,
         )
 
     def _pause_relays(self, names: set[str]) -> None:
@@ -217,11 +287,37 @@ class Engine:
 
     async def _deliver(self, slice_id: int) -> None:
         assert self._sender is not None
+        if slice_id in self._in_hand:  # a second message for the same slice
+            return
+        self._in_hand.add(slice_id)
+        self._worked = True
         try:
             await self._sender.deliver(slice_id)
+        except DatabaseUnusable as error:  # nothing was begun; a claim that was made after all is found and freed
+            logger.warning("database.unusable", why=str(error), what_next="the slice is queued again")
         finally:
+            self._in_hand.discard(slice_id)
             if self._scheduler is not None:
                 self._scheduler.wake()
+
+    def _tell_operators(self) -> None:
+        """Tell operators what needs a person, where there is something new; the next look tells what failed here."""
+        database, settings, loop = self.app.database, self.app.settings, self._loop
+        try:
+            notice = notices.prepare(database, settings, self.number, now=self.app.clock())
+            if notice is None or loop is None:
+                return
+            telling = notices.tell(self._relays, notices.envelopes(notice, settings))
+            try:
+                reply = asyncio.run_coroutine_threadsafe(telling, loop).result()
+            except RelayError:
+                with database.write() as connection:
+                    notices.give_back(connection, notice)
+                return
+            with database.write() as connection:
+                notices.sent(connection, notice, reply, now=self.app.clock())
+        except DatabaseUnusable as error:
+            logger.warning("database.unusable", why=str(error), tried_again_in_seconds=NOTICE_SECONDS)
 
     async def _closing(self) -> None:
         if self._sender is not None:
@@ -238,23 +334,39 @@ class Engine:
             self._scheduler.wake()
 
     def healthy(self) -> bool:
-        """Whether every thread that must live lives."""
+        """Whether every thread that must live lives, and the work is still ours."""
         threads = [] if self._dramatiq is None else [*self._dramatiq.consumers.values(), *self._dramatiq.workers]
         return (
             self._scheduler is not None
             and self._scheduler.lives
+            and self._heart is not None
+            and self._heart.lives
+            and self._heart.lost is None
             and all(isinstance(thread, threading.Thread) and thread.is_alive() for thread in threads)
         )
 
-    def idle(self, event_ids: list[int] | None = None) -> bool:
-        """Whether nothing (of these events) is due now; without a worker that has a relay no mail is due."""
-        with self.app.database.read() as connection:
-            if not leases.someone_sends(connection):
-                return not feeding.waits_for_plan(connection, now=self.app.clock())
-            return not feeding.due_now(connection, now=self.app.clock(), event_ids=event_ids)
+    @property
+    def queue_problem(self) -> str | None:
+        """Why the queue's server can't be used now; None where it can."""
+        return self._scheduler.queue_problem if self._scheduler is not None else None
 
-    def until_idle(self, *, event_ids: list[int] | None = None, seconds: float | None = None,
-                   look: Callable[[], None] = lambda: None) -> bool:  # fmt: skip
+    @property
+    def queue_away_seconds(self) -> float:
+        """For how long the queue's server could not be used."""
+        since = self._scheduler.queue_away_since if self._scheduler is not None else None
+        return 0.0 if since is None else time.monotonic() - since
+
+    def idle(self, event_ids: list[int] | None = None) -> bool:
+        """Whether nothing (of these events) is due now; see `is_idle`."""
+        return is_idle(self.app, event_ids)
+
+    def until_idle(
+        self,
+        *,
+        event_ids: list[int] | None = None,
+        seconds: float | None = None,
+        look: Callable[[], None] = lambda: None,
+    ) -> bool:
         """Wait until nothing is due now; `look` is called now and then. False where `seconds` were over before."""
         ends = None if seconds is None else time.monotonic() + seconds
         pause = 0.01
@@ -268,19 +380,46 @@ class Engine:
         return True
 
     def stop(self) -> None:
-        """End after the flights in hand; what was not begun is free for whoever comes next."""
+        """End after the flights in hand; what was not begun is free for whoever comes next.
+
+        Never raises: what can't be given back now, because the database is away, is freed by whoever comes next.
+        """
         if self._scheduler is not None:
             self._scheduler.stop()
         if self._dramatiq is not None:
             self._dramatiq.stop(timeout=STOP_SECONDS * 1000)
         if self._writer is not None:
             self._writer.stop()
+        if self._heart is not None:
+            self._heart.stop()
+            with suppress(DatabaseUnusable):
+                self._mark()
         if self.number:
-            with self.app.database.write() as connection:
-                leases.free_own(connection, self.number, now=self.app.clock())
-                leases.leave(connection, self.number)
+            try:
+                with self.app.database.write() as connection:
+                    leases.free_own(connection, self.number, now=self.app.clock())
+                    leases.leave(connection, self.number)
+            except DatabaseUnusable as error:
+                logger.warning("database.unusable", why=str(error), what_next="another worker frees what is left")
         if self._broker is not None:
             self._broker.close()
         if self._lock is not None:
             self._lock.free()
-        logger.info("worker.stopped", worker=self.number)
+        if self.number:
+            logger.info("worker.stopped", worker=self.number)
+
+
+def is_idle(app: App, event_ids: list[int] | None = None) -> bool:
+    """Whether nothing (of these events) is due now; without a worker that has a relay no mail is due.
+
+    While the database is away nobody knows: it is not idle.
+    """
+    try:
+        with app.database.read() as connection:
+            if not leases.someone_sends(connection):
+                return not feeding.waits_for_plan(connection, now=app.clock())
+            return not feeding.due_now(connection, now=app.clock(), event_ids=event_ids)
+    except DatabaseUnusable as error:
+        logger.warning("database.unusable", why=str(error), tried_again_in_seconds=1)
+        time.sleep(1.0)
+        return False

@@ -6,8 +6,10 @@ when it fails over or stalls. There are no delays, no retries with back-off, no 
 
 from __future__ import annotations
 
+import json
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import dramatiq
@@ -68,16 +70,19 @@ class _Consumer(_RedisConsumer):
         return self._safely(super().__next__)
 
     def ack(self, message: Any) -> None:
-        """Take a message off the queue for good."""
-        self._safely(super().ack, message)
+        """Take a message off the queue for good; one that stays there costs a claim that fails."""
+        with suppress(ConnectionClosed):
+            self._safely(super().ack, message)
 
     def nack(self, message: Any) -> None:
-        """Send a message to the dead letters."""
-        self._safely(super().nack, message)
+        """Send a message to the dead letters, or leave it."""
+        with suppress(ConnectionClosed):
+            self._safely(super().nack, message)
 
     def requeue(self, messages: Any) -> None:
-        """Put prefetched messages back."""
-        self._safely(super().requeue, messages)
+        """Put prefetched messages back, or leave it to the ledger."""
+        with suppress(ConnectionClosed):
+            self._safely(super().requeue, messages)
 
     @staticmethod
     def _safely(do: Callable[..., Any], *args: Any) -> Any:
@@ -90,10 +95,17 @@ class _Consumer(_RedisConsumer):
 class HardenedRedisBroker(RedisBroker):
     """RedisBroker with the hardened consumer."""
 
+    prefetch: Mapping[str, int] = {}
+    """How many messages of a queue this process takes at once, by queue."""
+
     @property
     def consumer_class(self) -> type[_Consumer]:
         """The consumer that dramatiq's worker threads use."""
         return _Consumer
+
+    def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Any:
+        """A consumer that takes as many messages as the lane of this process should."""
+        return super().consume(queue_name, self.prefetch.get(queue_name, prefetch), timeout)
 
 
 def make_broker(url: str, middleware: Sequence[Middleware], *, client: Any = None) -> Broker:
@@ -133,6 +145,26 @@ def ping(url: str) -> None:
             client.ping()
         finally:
             client.close()
+
+
+MANY = 10_000
+#: A queue with more messages than that is not ours alone: it is emptied, and filled again from the ledger.
+
+
+def standing(broker: Broker, lane: Lane) -> set[int]:
+    """The slices whose messages the server knows, waiting or in work. Raises `redis.RedisError`."""
+    assert isinstance(broker, RedisBroker)
+    queue = f"{broker.namespace}:{QUEUES[lane]}"
+    if broker.client.hlen(f"{queue}.msgs") > MANY:
+        broker.client.delete(queue, f"{queue}.msgs")
+        return set()
+    found: set[int] = set()
+    for payload in broker.client.hvals(f"{queue}.msgs"):
+        try:
+            found.add(int(json.loads(payload)["args"][0]))
+        except (ValueError, LookupError, TypeError):  # somebody else's: nobody waits for it
+            continue
+    return found
 
 
 def enqueue(broker: Broker, lane: Lane, slice_ids: Sequence[int]) -> None:

@@ -24,7 +24,7 @@ from subscriptions.audience import AccountFacts, EventFacts, Excluded, Recipient
 from subscriptions.catalogue import Catalogue
 from subscriptions.database import Clock, Database
 from subscriptions.schema import catalogue_versions
-from worker import feeding, ledger, logs
+from worker import feeding, ledger, logs, matters
 from worker.ledger import Lane, Status
 from worker.links import varint, varints
 from worker.schema import deliveries, events, more_grounds, slices, verdict_shapes, verdicts
@@ -154,6 +154,8 @@ class Planning:
         """
         shapes = self._intern(answers)
         self._store_verdicts(event.id, answers, shapes)
+        unreached = matters.unreached(event.id, event.class_, (verdict for _, verdict in answers))
+        matters.note(self.connection, owner, unreached, now=now)
         grounds = [
             (recipient.contact.mailbox, account.number, recipient.contact.number, shapes[_shape(recipient)], recipient)
             for account, verdict in answers
@@ -240,18 +242,17 @@ class Planning:
             return found
         catalogue = self.planner.catalogues[key]
         table = catalogue_versions
-        row = self.connection.execute(
-            select(table.c.id).where(table.c.key == key, table.c.version == catalogue.version)
-        ).one_or_none()
-        number: int = (
-            row.id
-            if row
-            else self.connection.execute(
-                insert(table)
+        query = select(table.c.id).where(table.c.key == key, table.c.version == catalogue.version)
+        number: int | None = self.connection.execute(query).scalar_one_or_none()
+        if number is None:
+            make = sqlite_insert if self.connection.dialect.name == "sqlite" else postgresql_insert
+            # Another process may store the same version now: then its row is ours too.
+            self.connection.execute(
+                make(table)
                 .values(key=key, version=catalogue.version, body=catalogue.body, since=time.time_ns() // 1000)
-                .returning(table.c.id)
-            ).scalar_one()
-        )
+                .on_conflict_do_nothing()
+            )
+            number = int(self.connection.execute(query).scalar_one())
         self._new_versions[key] = number
         return number
 
@@ -368,9 +369,9 @@ def _plan_page(planning: Planning, event: EventRow, worker: int, *, now: int, pa
     """One page; False when the event is wholly planned, cancelled, or another worker has it."""
     connection = planning.connection
     state = connection.execute(
-        select(events.c.plan_after_account, events.c.next_n, events.c.plan_owner, events.c.status).where(
-            events.c.id == event.id
-        )
+        select(events.c.plan_after_account, events.c.next_n, events.c.plan_owner, events.c.status)
+        .where(events.c.id == event.id)
+        .with_for_update()  # nobody takes the event over while a page of it is written
     ).one()
     if state.plan_owner != worker or state.status != "planning":
         return False

@@ -10,9 +10,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, exists, func, insert, or_, select, true, update
+from sqlalchemy import ColumnElement, Connection, Select, func, insert, or_, select, true, update
 
 from subscriptions.directory import among
+from worker import ledger
 from worker.ledger import NEVER, SLICE_SIZE, Lane, Status
 from worker.schema import deliveries, events, pauses, slices
 
@@ -102,57 +103,79 @@ def _any(connection: Connection, query: Select[Any]) -> bool:
     return connection.execute(query.limit(1)).first() is not None
 
 
-def take_for_queue(connection: Connection, lane: Lane, *, room: int, now: int) -> list[int]:
-    """Slices of a lane to be put into its queue now, marked as queued; at most `room` stand there or are in work."""
+def queued(connection: Connection, lane: Lane, *, before: int) -> dict[int, int]:
+    """The slices of a lane that were queued before `before` and that nobody took yet: number -> when."""
+    rows = connection.execute(
+        select(slices.c.id, slices.c.queued_at)
+        .where(slices.c.lane == int(lane), slices.c.done_at.is_(None), slices.c.owner.is_(None))
+        .where(slices.c.queued_at < before)
+    )
+    return {row.id: row.queued_at for row in rows}
+
+
+def take_for_queue(connection: Connection, lane: Lane, *, room: int, now: int, small: int = 1) -> list[int]:
+    """Slices of a lane to be put into its queue now, marked as queued.
+
+    At most the mails of `room` whole slices stand there or are in work, and at most `small` slices for each of them:
+    most events are for one account, and have a mail or two.
+    """
+    mails = func.coalesce(func.sum(slices.c.last_n - slices.c.first_n + 1), 0)
     standing = connection.execute(
-        select(func.count())
-        .select_from(slices)
+        select(func.count().label("slices"), mails.label("mails"))
         .where(slices.c.lane == int(lane), slices.c.done_at.is_(None), slices.c.due_at <= now)
         .where(slices.c.queued_at.is_not(None))
-    ).scalar_one()
-    if standing >= room:
+    ).one()
+    left, space = small * room - standing.slices, SLICE_SIZE * room - standing.mails
+    if left <= 0 or space <= 0:
         return []
-    chosen = list(
+    chosen = []
+    for row in connection.execute(
+        select(slices.c.id, slices.c.first_n, slices.c.last_n)
+        .join(events, events.c.id == slices.c.event_id)
+        .where(slices.c.lane == int(lane), slices.c.done_at.is_(None), slices.c.due_at <= now)
+        .where(slices.c.queued_at.is_(None), slices.c.owner.is_(None))
+        .where(~_paused(connection))
+        .order_by(slices.c.due_at, slices.c.id)
+        .limit(left)
+    ):
+        if space <= 0:
+            break
+        space -= row.last_n - row.first_n + 1
+        chosen.append(row.id)
+    if not chosen:
+        return []
+    # Other workers feed the same lane: each slice is marked, and queued, by one of them.
+    marked = update(slices).where(slices.c.id.in_(chosen), slices.c.queued_at.is_(None)).values(queued_at=now)
+    return sorted(connection.execute(marked.returning(slices.c.id)).scalars())
+
+
+def forget_queued(connection: Connection, *, before: int, numbers: Sequence[int] | None = None) -> int:
+    """Slices (of these numbers) that were queued before `before` and that nobody took are queued again; how many."""
+    chosen = slices.c.done_at.is_(None) & slices.c.owner.is_(None) & (slices.c.queued_at < before)
+    if numbers is not None:
+        chosen &= slices.c.id.in_(list(numbers))
+    return connection.execute(update(slices).where(chosen).values(queued_at=None)).rowcount
+
+
+def ended(connection: Connection, *, after: int = 0, limit: int = 1000) -> tuple[list[tuple[int, str]], int]:
+    """Events of which nothing is left that the machine does by itself: (number, ULID); looks at `limit` of them.
+
+    Also returns behind which event to look next, 0 where all were looked at.
+    """
+    looked = list(
         connection.execute(
-            select(slices.c.id)
-            .join(events, events.c.id == slices.c.event_id)
-            .where(slices.c.lane == int(lane), slices.c.done_at.is_(None), slices.c.due_at <= now)
-            .where(slices.c.queued_at.is_(None), slices.c.owner.is_(None))
-            .where(~_paused(connection))
-            .order_by(slices.c.due_at, slices.c.id)
-            .limit(room - standing)
+            select(events.c.id).where(events.c.status == "sending", events.c.id > after)
+            .order_by(events.c.id).limit(limit)
         ).scalars()
-    )
-    if chosen:
-        connection.execute(update(slices).where(slices.c.id.in_(chosen)).values(queued_at=now))
-    return chosen
-
-
-def forget_queued(connection: Connection, *, before: int) -> int:
-    """Slices that were queued before `before` and that nobody took: they are queued again. Returns how many."""
-    return connection.execute(
-        update(slices)
-        .where(slices.c.done_at.is_(None), slices.c.owner.is_(None), slices.c.queued_at < before)
-        .where(slices.c.due_at.is_not(None))
-        .values(queued_at=None)
-    ).rowcount
-
-
-def ended(connection: Connection) -> list[tuple[int, str]]:
-    """Events of which nothing is left that the machine does by itself: (number, ULID)."""
+    )  # fmt: skip
+    if not looked:
+        return [], 0
     rows = connection.execute(
         select(events.c.id, events.c.ulid)
-        .where(events.c.status == "sending")
-        .where(~exists().where(slices.c.event_id == events.c.id, slices.c.done_at.is_(None)))
-        .where(
-            ~exists().where(
-                deliveries.c.event_id == events.c.id,
-                deliveries.c.due_at.is_not(None),
-                deliveries.c.status == int(Status.PLANNED),
-            )
-        )
+        .where(events.c.status == "sending", events.c.id.between(looked[0], looked[-1]))
+        .where(ledger.nothing_left(events.c.id))
     )
-    return [(row.id, row.ulid) for row in rows]
+    return [(row.id, row.ulid) for row in rows], looked[-1] if len(looked) == limit else 0
 
 
 def end_events(connection: Connection, numbers: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from subscriptions import directory
 from subscriptions.audience import AccountFacts, Verdicts, resolve
-from subscriptions.database import Clock, Database
+from subscriptions.database import Clock, Database, DatabaseUnusable
 from subscriptions.schema import account_products, accounts
 from worker import fanout, ledger, logs
 from worker.events import Event, content
@@ -98,7 +98,10 @@ class Intake:
     wake: Callable[[], None] = lambda: None
 
     def accept(self, batch: Sequence[Event], publisher: Publisher) -> list[Accepted]:
-        """Accept events, all or none, in one transaction. Raises `Refused`."""
+        """Accept events, all or none, in one transaction. Raises `Refused`, `DatabaseUnusable`."""
+        shortage = self.database.shortage()
+        if shortage is not None:
+            raise DatabaseUnusable(shortage)
         with self.database.write() as connection:
             planning = self.planner.start(connection)
             answers = self._accept_all(planning, batch, publisher)

@@ -21,21 +21,24 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     Connection,
     Select,
+    Text,
     bindparam,
     delete,
+    exists,
     func,
+    insert,
     select,
-    text,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from subscriptions.directory import among
 from subscriptions.schema import installation
+from worker import matters
 from worker.schema import deliveries, events, flights, slices, tallies
 
 NEVER = 2**62
@@ -44,13 +47,11 @@ NEVER = 2**62
 SLICE_SIZE = 256
 #: Deliveries that travel as one queue message.
 
+CANCELLED = "event_cancelled"
+#: The reason of mails that were withdrawn with their event.
+
 HOLD_CLASS = "transactional"
 #: A flight there is one mail, and an unknown outcome is held until a person or a bounce settles it (principle 6).
-
-RETRY_MINUTES = (1, 5, 15, 30, 60, 120, 240)
-#: How long a mail that was refused for now waits, by attempts made; the last one repeats.
-GIVE_UP_DAYS = 4
-#: Counted from the acceptance of the event.
 
 
 class Lane(IntEnum):
@@ -113,16 +114,6 @@ def lane_of(class_: str, *, broadcast: bool) -> Lane:
     return Lane.NORMAL if class_ == "transactional" else Lane.URGENT
 
 
-def retry_at(attempts: int, *, now: int, accepted_at: int, spread: float) -> int | None:
-    """When a mail that was refused for now goes again, microseconds; None when it is given up.
-
-    `attempts` are those made, `spread` lies in 0..1 and shifts the time by up to a fifth to either side.
-    """
-    minutes = RETRY_MINUTES[min(attempts, len(RETRY_MINUTES)) - 1]
-    at = now + max(60_000_000, int(minutes * 60_000_000 * (0.8 + 0.4 * spread)))
-    return at if at < accepted_at + GIVE_UP_DAYS * 86_400_000_000 else None
-
-
 # ---------------------------------------------------------------- claim, begin, settle
 
 
@@ -146,20 +137,36 @@ _CLAIM = (
 
 def begin(connection: Connection, taken: Claim, worker: int, members: Sequence[int], *, now: int) -> tuple[int, int]:
     """Name the mails that are about to leave: (flight, guard); flight 0 where the claim was lost."""
-    row = connection.execute(
-        text(
-            "INSERT INTO flights (slice_id, epoch, owner, members, begun_at)"
-            " SELECT id, epoch, owner, :members, :now FROM slices WHERE id = :s AND owner = :w AND epoch = :p"
-            " RETURNING id"
-        ),
-        {"members": json.dumps(list(members)), "now": now, "s": taken.slice_id, "w": worker, "p": taken.epoch},
-    ).one_or_none()
-    return (int(row.id) if row is not None else 0), guard(connection)
+    named = {"members": json.dumps(list(members)), "begun": now}
+    row = connection.execute(_BEGIN, named | {"s": taken.slice_id, "w": worker, "p": taken.epoch}).one_or_none()
+    return (int(row.id) if row is not None else 0), guard(connection, held=True)
 
 
-def guard(connection: Connection) -> int:
-    """The counter that opt-outs, suppressions, pauses and cancels raise."""
-    return int(connection.execute(select(installation.c.guard)).scalar_one())
+_BEGIN = (
+    insert(flights)
+    .from_select(
+        ["slice_id", "epoch", "owner", "members", "begun_at"],
+        select(
+            slices.c.id,
+            slices.c.epoch,
+            slices.c.owner,
+            bindparam("members", type_=Text),
+            bindparam("begun", type_=BigInteger),
+        )
+        .where(slices.c.id == bindparam("s"), slices.c.owner == bindparam("w"), slices.c.epoch == bindparam("p"))
+        .with_for_update(read=True),  # whoever frees the slice waits for the commit, and then sees the flight
+    )
+    .returning(flights.c.id)
+)
+
+
+def guard(connection: Connection, *, held: bool = False) -> int:
+    """The counter that opt-outs, suppressions, pauses and cancels raise.
+
+    `held`: who raises it meanwhile waits for this transaction, or is waited for: one sees what the other did.
+    """
+    query = select(installation.c.guard)
+    return int(connection.execute(query.with_for_update(read=True) if held else query).scalar_one())
 
 
 def raise_guard(connection: Connection) -> None:
@@ -171,22 +178,34 @@ def settle(connection: Connection, worker: int, settlements: Sequence[Settlement
     """Record what became of deliveries, by compare-and-set; returns how many rows changed.
 
     A delivery that left `planned` is not written again. Where the claim was lost meanwhile, an acceptance is still
-    recorded (it stops a copy not yet begun), everything else is left to the new owner.
+    recorded (it stops a copy not yet begun, and overrides what was held as unknown or withdrawn in flight), everything
+    else is left to the new owner.
     """
     held = _held(connection, {(one.slice_id, one.epoch) for one in settlements}, worker)
-    groups: dict[tuple[int, Status], list[dict[str, object]]] = {}
+    groups: dict[tuple[int, Status, str | None], list[dict[str, object]]] = {}
     for one in settlements:
         if (one.slice_id, one.epoch) in held or one.status is Status.ACCEPTED:
-            groups.setdefault((one.event_id, one.status), []).append(_settle_values(one))
+            groups.setdefault((one.event_id, one.status, one.reason), []).append(_settle_values(one))
     counts: Counter[tuple[int, Status]] = Counter()
+    noted: Counter[tuple[int, str]] = Counter()
     changed = 0
-    for (event_id, status), rows in groups.items():
+    for (event_id, status, reason), rows in groups.items():
         count = connection.execute(_SETTLE, rows).rowcount
         changed += count
+        if reason is not None:
+            noted[event_id, reason] += count
         if status is not Status.PLANNED:
             counts[event_id, status] += count
             counts[event_id, Status.PLANNED] -= count
+        if status is Status.ACCEPTED and count < len(rows):
+            for before, statement in _SETTLE_LATE.items():
+                late = connection.execute(statement, [row | {"made": 0} for row in rows]).rowcount
+                changed += late
+                counts[event_id, status] += late
+                counts[event_id, before] -= late
     add_tallies(connection, worker, counts)
+    if noted:
+        matters.note(connection, worker, noted, now=settlements[0].at)
     return changed
 
 
@@ -194,17 +213,16 @@ def _held(connection: Connection, claims: Iterable[tuple[int, int]], worker: int
     """Which of these claims (slice, epoch) the worker still has."""
     claims = set(claims)
     rows = connection.execute(
-        select(slices.c.id, slices.c.epoch).where(
-            slices.c.id.in_([slice_id for slice_id, _ in claims]), slices.c.owner == worker
-        )
+        select(slices.c.id, slices.c.epoch)
+        .where(slices.c.id.in_([slice_id for slice_id, _ in claims]), slices.c.owner == worker)
+        .with_for_update(read=True)  # nobody frees them before this is committed
     )
     return claims & {(row.id, row.epoch) for row in rows}
 
 
-_SETTLE = (
+_OUTCOME = (
     update(deliveries)
     .where(deliveries.c.event_id == bindparam("e"), deliveries.c.n == bindparam("m"))
-    .where(deliveries.c.status == int(Status.PLANNED))
     .values(
         status=bindparam("to"),
         reason=bindparam("why"),
@@ -217,6 +235,12 @@ _SETTLE = (
         reply=func.coalesce(bindparam("said"), deliveries.c.reply),
     )
 )
+_SETTLE = _OUTCOME.where(deliveries.c.status == int(Status.PLANNED))
+#: What an acceptance that is learnt late overrides: it is what happened.
+_SETTLE_LATE = {
+    status: _OUTCOME.where(deliveries.c.status == int(status), deliveries.c.reason == reason)
+    for status, reason in ((Status.HELD, "unknown"), (Status.CANCELLED, CANCELLED))
+}
 
 
 def _settle_values(one: Settlement) -> dict[str, object]:
@@ -241,16 +265,36 @@ def land(connection: Connection, flight_ids: Iterable[int]) -> None:
         connection.execute(delete(flights).where(flights.c.id.in_(chosen)))
 
 
-def finish(connection: Connection, taken: Claim, worker: int, *, now: int) -> None:
-    """Give a slice back: done where it owes nothing by itself, else free for whoever comes next."""
+def finish(connection: Connection, taken: Claim, worker: int, *, now: int) -> bool:
+    """Give a slice back: done where it owes nothing by itself, else free for whoever comes next.
+
+    Returns whether its event ended with it: nothing is left that the machine does by itself.
+    """
     planned = connection.execute(_members(taken).where(deliveries.c.due_at.is_(None)).limit(1)).first()
     values: dict[str, object] = {"owner": None, "queued_at": None}
     if planned is None:
         values["done_at"] = now
-    connection.execute(
+    given = connection.execute(
         update(slices)
         .where(slices.c.id == taken.slice_id, slices.c.owner == worker, slices.c.epoch == taken.epoch)
         .values(**values)
+    ).rowcount
+    if not given:
+        return False
+    # A flight whose commit was answered by nobody was begun again: its first row names nothing that is open.
+    connection.execute(delete(flights).where(flights.c.slice_id == taken.slice_id, flights.c.epoch == taken.epoch))
+    if planned is not None:
+        return False
+    ended = update(events).where(events.c.id == taken.event_id, events.c.status == "sending")
+    return connection.execute(ended.where(nothing_left(taken.event_id)).values(status="done")).rowcount == 1
+
+
+def nothing_left(event_id: int | ColumnElement[int]) -> ColumnElement[bool]:
+    """A clause: no slice of an event is open, and none of its mails is deferred."""
+    deferred = (deliveries.c.due_at.is_not(None)) & (deliveries.c.status == int(Status.PLANNED))
+    return ~(
+        exists().where(slices.c.event_id == event_id, slices.c.done_at.is_(None))
+        | exists().where(deliveries.c.event_id == event_id, deferred)
     )
 
 
@@ -337,6 +381,7 @@ def end_open_flights(
         ).rowcount
         if hold:
             add_tallies(connection, worker, {(event_id, Status.HELD): changed, (event_id, Status.PLANNED): -changed})
+        matters.note(connection, worker, {(event_id, "unknown" if hold else "sent_again"): changed}, now=now)
     land(connection, (row.id for row in open_ones))
 
 
@@ -345,71 +390,3 @@ def hold_event(connection: Connection, event_id: int, *, reason: str) -> None:
     connection.execute(
         update(events).where(events.c.id == event_id).values(status="held", reason=reason, plan_owner=None)
     )
-
-
-# ---------------------------------------------------------------- stopping and going on
-
-
-def cancel(connection: Connection, event_id: int, *, owner: int, now: int) -> int:
-    """Withdraw what is not yet sent of an event; takes effect before the next flight. Returns how many deliveries."""
-    connection.execute(
-        update(events)
-        .where(events.c.id == event_id, events.c.status.in_(["accepted", "planning", "sending"]))
-        .values(status="cancelled", cancelled_at=now)
-    )
-    raise_guard(connection)
-    open_members = {
-        n
-        for row in connection.execute(
-            select(flights.c.members)
-            .join(slices, slices.c.id == flights.c.slice_id)
-            .where(slices.c.event_id == event_id)
-        )
-        for n in json.loads(row.members)
-    }
-    withdrawn = connection.execute(
-        update(deliveries)
-        .where(deliveries.c.event_id == event_id, deliveries.c.status.in_([int(Status.PLANNED)]))
-        .where(~among(connection, deliveries.c.n, sorted(open_members)))
-        .values(status=int(Status.CANCELLED), reason="event_cancelled", due_at=None, settled_at=now)
-    ).rowcount
-    add_tallies(connection, owner, {(event_id, Status.CANCELLED): withdrawn, (event_id, Status.PLANNED): -withdrawn})
-    return withdrawn
-
-
-# --- a person decides
-
-
-def release(connection: Connection, event_id: int, *, numbers: Sequence[int] | None, now: int) -> int:
-    """Let held deliveries of an event go now, all or those of these numbers; returns how many."""
-    return _owe_again(connection, event_id, deliveries.c.status == int(Status.HELD), numbers=numbers, now=now)
-
-
-def retry(connection: Connection, event_id: int, *, numbers: Sequence[int] | None, now: int) -> int:
-    """Try failed and deferred deliveries of an event again now, all or those of these numbers; returns how many."""
-    failed = deliveries.c.status == int(Status.FAILED)
-    deferred = (deliveries.c.status == int(Status.PLANNED)) & deliveries.c.due_at.is_not(None)
-    return _owe_again(connection, event_id, failed | deferred, numbers=numbers, now=now)
-
-
-def _owe_again(
-    connection: Connection, event_id: int, wanted: ColumnElement[bool], *, numbers: Sequence[int] | None, now: int
-) -> int:
-    chosen = (deliveries.c.event_id == event_id) & wanted
-    if numbers is not None:
-        chosen &= deliveries.c.n.in_(list(numbers))
-    before = connection.execute(select(deliveries.c.status, func.count()).where(chosen).group_by(deliveries.c.status))
-    changes: Counter[tuple[int, Status]] = Counter()
-    for status, count in before.all():
-        changes[event_id, Status(status)] -= count
-        changes[event_id, Status.PLANNED] += count
-    owed_again = connection.execute(
-        update(deliveries)
-        .where(chosen)
-        .values(status=int(Status.PLANNED), reason=None, due_at=now, retry_slice=None, settled_at=None)
-    ).rowcount
-    add_tallies(connection, 0, changes)
-    if owed_again:
-        ended = (events.c.id == event_id) & (events.c.status == "done")
-        connection.execute(update(events).where(ended).values(status="sending"))
-    return owed_again

@@ -27,6 +27,7 @@ EVENT_NAMES = frozenset(
         "mail.unrenderable",
         "relay.connected",
         "relay.unusable",
+        "relay.usable",
         "worker.started",
         "worker.stopped",
         "rescue.freed",
@@ -35,6 +36,15 @@ EVENT_NAMES = frozenset(
         "database.unusable",
         "database.upgraded",
         "scheduler.failed",
+        "relay.spent",
+        "class.paused",
+        "notice.prepared",
+        "notice.sent",
+        "heartbeat.failed",
+        "worker.replaced",
+        "worker.died",
+        "queue.unusable",
+        "queue.usable",
     }
 )
 #: Every event name that the project logs; a test holds the code against it.
@@ -70,6 +80,7 @@ def configure(log_format: Literal["console", "json"] | None, *, level: int = log
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
+    handler.addFilter(_told_by_us)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
@@ -81,6 +92,11 @@ def configure(log_format: Literal["console", "json"] | None, *, level: int = log
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+
+
+def _told_by_us(line: logging.LogRecord) -> bool:
+    """dramatiq tells of a queue that is away every few seconds, with a trace; `queue.unusable` says it once."""
+    return not str(line.msg).startswith("Consumer encountered a connection error")
 
 
 def get(name: str) -> Any:

@@ -1,7 +1,9 @@
 """The schema: one Alembic chain inside the package, for SQLite and PostgreSQL.
 
 SQLite migrates itself when it is opened; PostgreSQL waits for `rolecast db upgrade`. A database that is newer than the
-code is refused with the remedy. Several processes that migrate at once do it one after the other.
+code is worked on where it says that code so old still may (`installation.oldest_code`), so that old and new workers run
+side by side while hosts are upgraded; else it is refused with the remedy. Several processes that migrate at once do it
+one after the other.
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, inspect, select, text
 
 from subscriptions import directory
 from subscriptions.database import Clock, Database, DatabaseUnusable
+from subscriptions.schema import installation
 from worker import logs
 
 logger = logs.get(__name__)
@@ -29,7 +32,7 @@ class SchemaError(Exception):
 def prepare(database: Database, *, clock: Clock, migrates: bool = True) -> None:
     """Make sure that the database fits the code. Raises `SchemaError`, `DatabaseUnusable`."""
     found, head = state(database)
-    if found == head:
+    if found == head or _still_serves(database, found, head):
         return
     _refuse_newer(database, found)
     if found is None and (database.dialect == "postgresql" or not migrates):
@@ -63,6 +66,27 @@ def state(database: Database) -> tuple[str | None, str]:
     """(the database's revision or None where it is empty, the code's)."""
     with database.read() as connection:
         return _revision(connection), _head()
+
+
+def misfit(database: Database) -> str | None:
+    """Why the code can't work on the database as it is; None where it can. Raises `DatabaseUnusable`."""
+    found, head = state(database)
+    if found == head or _still_serves(database, found, head):
+        return None
+    try:
+        _refuse_newer(database, found)
+    except SchemaError as error:
+        return str(error)
+    return f"the database has schema {found or 'none'}, the code needs {head}: run `rolecast db upgrade`"
+
+
+def _still_serves(database: Database, found: str | None, head: str) -> bool:
+    """Whether a newer schema says that this code may go on."""
+    if found is None or found in _known():
+        return False
+    with database.read() as connection:
+        oldest = connection.execute(select(installation.c.oldest_code)).scalar_one()
+    return int(head) >= int(oldest)
 
 
 def _refuse_newer(database: Database, found: str | None) -> None:

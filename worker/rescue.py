@@ -1,47 +1,66 @@
 """What the ledger owes and no queue holds is queued again: the scheduler of a worker process.
 
 It runs on a thread of its own, looks at the ledger several times a second (at once when it is woken), and does what is
-due: says that the worker lives, plans events, gathers deferred mail, keeps the lanes' queues a few slices deep, frees
-what vanished workers held, ends events, reads the status page's feed. Feeding and rescuing are the same step, so an
-emptied queue refills within a second.
+due: plans events, gathers deferred mail, keeps the lanes' queues a few slices deep, frees what vanished workers held,
+ends events, reads the status page's feed, tells operators. Feeding and rescuing are the same step, so an emptied queue
+refills within a second or two.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from dramatiq.broker import Broker
 from redis import RedisError
 
 from subscriptions.database import Clock, Database, DatabaseUnusable
 from worker import broker as queues
-from worker import fanout, feeding, leases, ledger, logs
+from worker import fanout, feeding, leases, ledger, logs, matters
 from worker.fanout import Planner
+from worker.heartbeat import Heartbeat, steady
 from worker.ledger import Lane
 from worker.sharedfeed import SharedFeed
 
 logger = logs.get(__name__)
 
+T = TypeVar("T")
+
 TICK_SECONDS = 0.2
 #: How often the ledger is looked at when nobody woke the scheduler.
-BEAT_SECONDS = 5.0
+REST_SECONDS = 0.01
+#: Between two looks, however often it is woken.
 RESCUE_SECONDS = 5.0
 #: How often vanished workers and forgotten queue entries are looked for.
+RECONCILE_SECONDS = 1.0
+#: How often the queue is compared with what the ledger believes to stand there.
+ENDED_SECONDS = 2.0
+#: How often events are looked for that ended without a last slice (their mail was settled elsewhere).
+NOTICE_SECONDS = 30.0
+#: How often is looked whether operators are to be told something.
 PAUSE_SECONDS = 0.5
 #: How soon a pause of a relay takes effect; other pauses are looked at before each flight.
-QUEUED_SECONDS = 60.0
-#: A slice that was queued so long ago and taken by nobody is queued again.
+TROUBLE_SECONDS = 2.0
+#: How often what hinders this worker is put on record.
+FULL_MICROSECONDS = 50_000
+#: A lane that could take nothing is not looked at again before.
+SMALL = 16
+#: Slices of a mail or two that stand in a server's queue for each whole one: it is asked ten times a second only. A
+#: queue of our own is filled at once, and what stands in it keeps threads from more urgent lanes.
+QUEUED_SECONDS = 10.0
+#: A slice that was queued so long ago and taken by nobody is queued again, whatever the queue says.
 
 
 @dataclass(slots=True)
 class Scheduler:
     """The loop that keeps a worker process busy with what is due.
 
-    `room` is how many slices of each lane may be queued or in work at once. `alone` means that this process holds the
-    lock of the database: every other worker is gone.
+    `width` is how many slices of each of its lanes this process works on at once. `alone` means that this process holds
+    the lock of the database: every other worker is gone.
     """
 
     database: Database
@@ -49,24 +68,42 @@ class Scheduler:
     planner: Planner
     worker: int
     clock: Clock
-    room: Mapping[Lane, int]
+    width: Mapping[Lane, int]
     alone: bool
-    lease_seconds: int
+    heart: Heartbeat
+    lease_seconds: float
+    in_hand: Callable[[], Collection[int]]  # the slices that this process works on
     queued_seconds: float = QUEUED_SECONDS
     feed: SharedFeed | None = None
     feed_seconds: float = 60.0
     pause_relays: Callable[[set[str]], None] = lambda _: None  # told which relays are paused, by name
+    relay_problems: Callable[[], Mapping[str, str | None]] = dict  # relay -> why it can't be used, None where it can
+    tell_operators: Callable[[], None] = lambda: None
     sends: bool = True  # False where no relay is configured: then events are planned and mail waits
+    queue_problem: str | None = None
+    queue_away_since: float | None = None  # by the steady clock of this process
+    _watch: leases.Watch = field(init=False)
     _woken: threading.Event = field(default_factory=threading.Event)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
     _planner: threading.Thread | None = None
-    _alive_until: float = 0.0
+    _teller: threading.Thread | None = None
     _next: dict[str, float] = field(default_factory=dict)
+    _astray: set[int] = field(default_factory=set)  # slices of ours that nobody here works on, at the last look
+    _ended_after: int = 0
+    _rests: dict[Lane, int] = field(default_factory=dict)
+    _reported: set[tuple[matters.Trouble, str]] = field(default_factory=set)
+    _shortage: str | None = None
+
+    def __post_init__(self) -> None:
+        self._watch = leases.Watch(self.worker, self.lease_seconds, longest_step=2 * self._rescue_seconds)
+
+    @property
+    def _rescue_seconds(self) -> float:
+        return min(RESCUE_SECONDS, self.lease_seconds / 3, self.queued_seconds)
 
     def start(self) -> None:
-        """Begin: beat once, free what earlier workers left, then go on until `stop`."""
-        self._beat()
+        """Begin: free what earlier workers left, then go on until `stop`."""
         self._rescue()
         self._woken.set()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -85,8 +122,8 @@ class Scheduler:
         self._woken.set()
 
     def may_send(self) -> bool:
-        """Whether this worker's lease stands by its own clock, counted from before the heartbeat was sent."""
-        return not self._stopping.is_set() and time.monotonic() < self._alive_until
+        """Whether this worker may begin something: its lease holds, there is room, and nobody asked it to stop."""
+        return not self._stopping.is_set() and self._shortage is None and self.heart.holds()
 
     @property
     def lives(self) -> bool:
@@ -99,26 +136,31 @@ class Scheduler:
             self._woken.clear()
             try:
                 self.tick()
-            except (DatabaseUnusable, RedisError) as error:
+            except DatabaseUnusable as error:
                 logger.warning("scheduler.failed", why=str(error), tried_again_in_seconds=1)
                 self._stopping.wait(1.0)
             except Exception as error:
                 logger.exception("scheduler.failed", why=str(error), tried_again_in_seconds=1)
                 self._stopping.wait(1.0)
+            self._stopping.wait(REST_SECONDS)
 
     def tick(self) -> None:
         """Look once, and do what is due."""
-        self._every("beat", min(BEAT_SECONDS, self.lease_seconds / 3), self._beat)
-        self._every("rescue", min(RESCUE_SECONDS, self.lease_seconds / 2, self.queued_seconds), self._rescue)
+        self._every("rescue", self._rescue_seconds, self._rescue)
         self._every("pauses", PAUSE_SECONDS, self._pauses)
+        self._every("troubles", TROUBLE_SECONDS, self._troubles)
+        self._every("ended", ENDED_SECONDS, self._ended)
         if self.feed is not None:
             self._every("feed", self.feed_seconds, self._refresh)
+        if self.sends:
+            self._every("operators", NOTICE_SECONDS, self._tell)
+        if not self.may_send():
+            return
         now = self.clock()
         with self.database.read() as connection:
             plan = feeding.waits_for_plan(connection, now=now)
             retries = feeding.retries_due(connection, now=now)
             lanes = feeding.lanes_to_feed(connection, now=now) if self.sends else []
-            ended = feeding.ended(connection)
         if plan and (self._planner is None or not self._planner.is_alive()):
             self._planner = threading.Thread(target=self._plan, name="planner", daemon=True)
             self._planner.start()
@@ -126,46 +168,77 @@ class Scheduler:
             with self.database.write() as connection:
                 feeding.gather_retries(connection, now=now)
             self.wake()
+        if not self.alone:
+            self._every("reconcile", RECONCILE_SECONDS, self._reconcile)
         for lane in lanes:
-            self._fill(lane, now)
-        if ended:
-            with self.database.write() as connection:
-                feeding.end_events(connection, [number for number, _ in ended])
-            for _, ulid in ended:
-                logger.info("event.done", event_id=ulid)
+            if lane in self.width and now >= self._rests.get(lane, 0):
+                self._fill(lane, now)
 
     def _every(self, name: str, seconds: float, do: Callable[[], None]) -> None:
         if time.monotonic() >= self._next.get(name, 0.0):
             self._next[name] = time.monotonic() + seconds
             do()
 
+    # ------------------------------------------------------------ what is seldom
+
+    def _rescue(self) -> None:
+        """Free what vanished workers held, and what this one holds without working on it."""
+        now = self.clock()
+        with self.database.write() as connection:
+            dead = None if self.alone else self._watch.look(connection, at=steady())
+            freed = leases.free_orphans(connection, self.worker, dead=dead, now=now)
+            # A claim whose commit was answered by nobody is ours, and nobody here knows of it.
+            astray = leases.owned(connection, self.worker) - set(self.in_hand())
+            freed += leases.free_some(connection, self.worker, astray & self._astray, now=now)
+            if self._planner is None or not self._planner.is_alive():
+                leases.free_plans(connection, self.worker)
+            if self.queued_seconds < QUEUED_SECONDS or self.alone:
+                feeding.forget_queued(connection, before=now - int(self.queued_seconds * 1_000_000))
+        self._astray = astray
+        if freed:
+            logger.warning("rescue.freed", slices=freed, what_next="they are queued again")
+
     def _pauses(self) -> None:
         with self.database.read() as connection:
             self.pause_relays(feeding.paused_relays(connection))
+
+    def _troubles(self) -> None:
+        """Put on record what hinders this worker, and take away what does no more."""
+        self._shortage = self.database.shortage()
+        now_seen: dict[tuple[matters.Trouble, str], str | None] = {
+            ("disk", ""): self._shortage,
+            ("queue", ""): self.queue_problem,
+            **{("relay", name): why for name, why in self.relay_problems().items()},
+        }
+        if self.feed is not None:
+            now_seen["feed", ""] = self.feed.problem
+        changed = {key: why for key, why in now_seen.items() if why is not None or key in self._reported}
+        if changed:
+            with self.database.write() as connection:
+                for (kind, name), why in sorted(changed.items()):
+                    matters.report(connection, self.worker, kind, name, why, now=self.clock())
+        self._reported = {key for key, why in now_seen.items() if why is not None}
 
     def _refresh(self) -> None:
         if self.feed is not None:
             threading.Thread(target=self.feed.refresh, name="feed", daemon=True).start()
 
-    def _beat(self) -> None:
-        before = time.monotonic()
-        with self.database.write() as connection:
-            leases.beat(connection, self.worker, now=self.clock())
-        self._alive_until = before + self.lease_seconds
+    def _tell(self) -> None:
+        if self._teller is None or not self._teller.is_alive():
+            self._teller = threading.Thread(target=self.tell_operators, name="notices", daemon=True)
+            self._teller.start()
 
-    def _rescue(self) -> None:
-        now = self.clock()
-        dead_before = None if self.alone else now - self.lease_seconds * 1_000_000
-        with self.database.write() as connection:
-            freed = leases.free_orphans(connection, self.worker, dead_before=dead_before, now=now)
-            feeding.forget_queued(connection, before=now - int(self.queued_seconds * 1_000_000))
-        if freed:
-            logger.warning("rescue.freed", slices=freed, what_next="they are queued again")
+    def _ended(self) -> None:
+        """End events of which nothing is left, some thousand a look: a last slice ends most of them by itself."""
+        with self.database.read() as connection:
+            ended, self._ended_after = feeding.ended(connection, after=self._ended_after)
+        if ended:
+            with self.database.write() as connection:
+                feeding.end_events(connection, [number for number, _ in ended])
+            for _, ulid in ended:
+                logger.info("event.done", event_id=ulid)
 
-    def forget_queue(self) -> None:
-        """At the start of a process with its own queue: whatever was queued before is in no queue now."""
-        with self.database.write() as connection:
-            feeding.forget_queued(connection, before=ledger.NEVER)
+    # ------------------------------------------------------------ planning
 
     def _plan(self) -> None:
         while not self._stopping.is_set():
@@ -184,13 +257,63 @@ class Scheduler:
             except Exception as error:
                 if event is None:
                     raise
-                logger.exception("event.held", event_id=event.ulid, why=str(error), what_next="a person decides")
-                with self.database.write() as connection:
-                    ledger.hold_event(connection, event.id, reason="cannot_be_planned")
+                self._set_aside(event, error)
             self.wake()
+
+    def _set_aside(self, event: fanout.EventRow, error: Exception) -> None:
+        logger.exception("event.held", event_id=event.ulid, why=str(error), what_next="a person decides")
+        try:
+            with self.database.write() as connection:
+                ledger.hold_event(connection, event.id, reason="cannot_be_planned")
+        except DatabaseUnusable as unusable:  # it is taken up again, and fails again, and is held then
+            logger.warning("scheduler.failed", why=str(unusable), tried_again_in_seconds=1)
+
+    # ------------------------------------------------------------ the queue
+
+    def forget_queue(self) -> None:
+        """At the start of a process with its own queue: whatever was queued before is in no queue now."""
+        with self.database.write() as connection:
+            feeding.forget_queued(connection, before=ledger.NEVER)
 
     def _fill(self, lane: Lane, now: int) -> None:
         with self.database.write() as connection:
-            chosen = feeding.take_for_queue(connection, lane, room=self.room[lane], now=now)
-        if chosen:
-            queues.enqueue(self.broker, lane, chosen)
+            workers = 1 if self.alone else max(1, leases.serving(connection, lane))
+            room, small = self.width[lane] * workers, 1 if self.alone else SMALL
+            chosen = feeding.take_for_queue(connection, lane, room=room, small=small, now=now)
+        if not chosen:  # the queue is full, or what waits is paused: whoever finishes a slice makes room
+            self._rests[lane] = now + FULL_MICROSECONDS
+        else:
+            self._asked(partial(queues.enqueue, self.broker, lane, chosen))
+
+    def _reconcile(self) -> None:
+        """Queue again what the ledger believes to be queued, where the queue knows nothing of it."""
+        for lane in self.width:
+            before = self.clock() - int(RECONCILE_SECONDS * 1_000_000)
+            with self.database.read() as connection:
+                waiting = feeding.queued(connection, lane, before=before)
+            if not waiting:
+                continue
+            standing = self._asked(partial(queues.standing, self.broker, lane))
+            if standing is None:
+                return
+            old = self.clock() - int(self.queued_seconds * 1_000_000)
+            lost = [number for number, at in waiting.items() if number not in standing or at < old]
+            if lost:
+                with self.database.write() as connection:
+                    feeding.forget_queued(connection, before=before, numbers=lost)
+                self.wake()
+
+    def _asked(self, do: Callable[[], T]) -> T | None:
+        """Ask the queue's server something; None where it can't be reached, which is told once."""
+        try:
+            answer = do()
+        except (RedisError, OSError) as error:
+            if self.queue_problem is None:
+                self.queue_away_since = time.monotonic()
+                logger.warning("queue.unusable", why=str(error), tried_again_in_seconds=RECONCILE_SECONDS)
+            self.queue_problem = f"the queue can't be used ({error}): mail waits until it can"
+            return None
+        if self.queue_problem is not None:
+            logger.info("queue.usable", what_next="what waited is queued again")
+        self.queue_problem = self.queue_away_since = None
+        return answer

@@ -130,6 +130,12 @@ deliveries = Table(
         sqlite_where=text("due_at IS NOT NULL"),
         postgresql_where=text("due_at IS NOT NULL"),
     ),
+    Index(
+        "ix_deliveries_event_id",
+        "event_id",
+        sqlite_where=text("due_at IS NOT NULL"),
+        postgresql_where=text("due_at IS NOT NULL"),
+    ),
     sqlite_with_rowid=False,
 )
 
@@ -164,6 +170,13 @@ slices = Table(
         "due_at",
         sqlite_where=text("done_at IS NULL"),
         postgresql_where=text("done_at IS NULL"),
+    ),
+    Index(
+        "ix_slices_lane_queued_at",
+        "lane",
+        "queued_at",
+        sqlite_where=text("queued_at IS NOT NULL"),
+        postgresql_where=text("queued_at IS NOT NULL"),
     ),
     Index(
         "ix_slices_owner", "owner", sqlite_where=text("owner IS NOT NULL"), postgresql_where=text("owner IS NOT NULL")

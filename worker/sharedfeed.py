@@ -26,6 +26,7 @@ class SharedFeed:
 
     database: Database
     status_page: StatusPage
+    problem: str | None = None
     _seen: str | None = None
 
     def refresh(self) -> FeedState:
@@ -33,6 +34,7 @@ class SharedFeed:
         state = self.status_page.refresh()
         if state.error:
             logger.warning("feed.failed", why=state.error, what_next="events are answered with the page")
+        self.problem = f"the feed of the status page can't be read: {state.error}" if state.error else None
         body = state.to_json()
         with self.database.write() as connection:
             connection.execute(delete(feed_state))

@@ -39,7 +39,7 @@ def test_a_broadcast_survives_a_queue_that_is_emptied_under_it(tmp_path: Path, r
         ) as app,
     ):
         publish(app, event("service.notice", accounts="all"), event("invoice.issued", id="i"))
-        engine = Engine(app, queued_seconds=1.0)
+        engine = Engine(app)
         engine.start()
         try:
             while len(server.accepted) < 100:

@@ -143,7 +143,11 @@ def export(
     del json
     from subscriptions import transfer
 
-    with opened(ctx) as installation, installation.database.read() as connection, progress("exporting") as tell:
+    with (
+        opened(ctx) as installation,
+        installation.database.read(patient=True) as connection,
+        progress("exporting") as tell,
+    ):
         with _output(out) as stream:
             written = transfer.export(
                 connection,

@@ -108,7 +108,7 @@ def _against_document(ctx: typer.Context, files: Sequence[str], document: Path, 
 
 def _against_database(ctx: typer.Context, files: Sequence[str], *, json: bool) -> None:
     read = read_events(files)
-    with opened(ctx) as app, app.database.read() as connection:
+    with opened(ctx) as app, app.database.read(patient=True) as connection:
         from subscriptions import directory
 
         wanted = sorted({name for _, events in read for event in events for name in _named(event)})

@@ -1,4 +1,4 @@
-"""Rates and days that workers share, destinations that refuse, troubles, matters and notices. Only tables are added."""
+"""Limits that workers share, destinations that refuse, troubles, matters, notices. Tables and indexes are added."""
 
 from __future__ import annotations
 
@@ -72,3 +72,18 @@ def upgrade() -> None:
         sa.Column("reply", sa.Text(), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_notices")),
     )
+    deferred = sa.text("due_at IS NOT NULL")
+    with op.batch_alter_table("deliveries", schema=None) as batch_op:
+        batch_op.create_index(
+            "ix_deliveries_event_id", ["event_id"], unique=False, sqlite_where=deferred, postgresql_where=deferred
+        )
+
+    queued = sa.text("queued_at IS NOT NULL")
+    with op.batch_alter_table("slices", schema=None) as batch_op:
+        batch_op.create_index(
+            "ix_slices_lane_queued_at",
+            ["lane", "queued_at"],
+            unique=False,
+            sqlite_where=queued,
+            postgresql_where=queued,
+        )
