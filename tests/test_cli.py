@@ -12,10 +12,11 @@ import os
 import pty
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from typer.testing import CliRunner
 
 from tests.house import ACME, GLOBEX, envelope
 from tests.shared import shared
-from tests.smtpd import SmtpServer, hang, reply
+from tests.smtpd import SmtpServer, hang, lose_the_reply, reply
 from tests.test_scenarios import comparable
 from worker.cli import EXIT_CODES, app
 from worker.commands.console import CODES
@@ -348,10 +349,9 @@ def test_a_full_disk_is_told_in_a_sentence_and_nothing_is_half_written(rolecast,
 
 
 def test_a_database_newer_than_the_code_is_left_alone(rolecast, folder, directory):
-    import sqlite3
-
     with sqlite3.connect(folder / "rolecast.db") as raw:
         raw.execute("UPDATE alembic_version SET version_num = '9999'")
+        raw.execute("UPDATE installation SET oldest_code = 9999")
     raw.close()
     for words in (["events", "list"], ["db", "upgrade"], ["work", "--until-idle"]):
         refused(rolecast(*words), 1, "9999", "newer")
@@ -588,6 +588,66 @@ def test_held_mail_is_released_only_where_mail_is_live(rolecast, folder, directo
         assert server.accepted == []
         assert rolecast("work", "--until-idle", **sending(server)).exit_code == 0
         assert len(server.accepted) == 1
+
+
+def test_mail_whose_answer_was_lost_is_listed_and_settled_by_a_person(rolecast, folder, directory):
+    written(folder / "event.json", INVOICE)
+    assert rolecast("events", "matters").exit_code == 0
+    with SmtpServer() as server:
+        server.on("dot", lose_the_reply(), nth=1)
+        assert rolecast("publish", "--wait", "event.json", **sending(server)).exit_code == 6
+        [sent] = server.accepted
+    found = rolecast("events", "matters", **sending(server))
+    assert found.exit_code == 6
+    assert found.stdout.startswith("- 1 mail is held: the relay's answer was lost")
+    ulid = accepted(rolecast)[0]["event"]
+    assert f"rolecast deliveries settle {ulid} --accepted" in found.stdout
+    [matter] = json.loads(rolecast("events", "matters", "--json", **sending(server)).stdout)["matters"]
+    assert (matter["kind"], matter["count"], matter["events"]) == ("unknown", 1, [ulid])
+    assert "1 mail is held" in rolecast("doctor", **sending(server)).stdout
+
+    listed = rolecast("deliveries", "list", ulid, "--status", "held", "--reason", "unknown")
+    assert "MESSAGE-ID" in listed.stdout
+    [one] = json.loads(rolecast("deliveries", "list", ulid, "--reason", "unknown", "--json").stdout)["deliveries"]
+    assert one["message_id"] in listed.stdout
+    assert one["message_id"].encode() in sent.body
+    assert json.loads(rolecast("deliveries", "list", ulid, "--reason", "team", "--json").stdout)["deliveries"] == []
+
+    refused(rolecast("deliveries", "settle", ulid), 2, "--accepted", "--failed")
+    refused(rolecast("deliveries", "settle", ulid, "--accepted", "-n", "7"), 3, "unknown", "7")
+    assert json.loads(rolecast("deliveries", "settle", ulid, "--accepted", "--json").stdout)["deliveries"] == 1
+    refused(rolecast("deliveries", "settle", ulid, "--failed"), 3, "unknown")
+    assert json.loads(rolecast("events", "show", ulid, "--json").stdout)["totals"] == {"accepted": 1}
+    done = rolecast("events", "matters", **sending(server))
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert "nothing needs a person" in done.stderr
+
+
+def test_mail_that_was_settled_as_not_sent_can_be_tried_again(rolecast, folder, directory):
+    written(folder / "event.json", INVOICE)
+    with SmtpServer() as server:
+        server.on("dot", lose_the_reply(), nth=1)
+        assert rolecast("publish", "--wait", "event.json", **sending(server)).exit_code == 6
+        assert rolecast("deliveries", "settle", "/test", "e1", "--failed", "-n", "1").exit_code == 0
+        assert rolecast("deliveries", "retry", "/test", "e1").exit_code == 0
+        assert rolecast("work", "--until-idle", **sending(server)).exit_code == 0
+    assert json.loads(rolecast("events", "show", "/test", "e1", "--json").stdout)["totals"] == {"accepted": 1}
+    with closing(sqlite3.connect(folder / "rolecast.db")) as connection:
+        kept = connection.execute("SELECT kind, actor FROM audit WHERE kind LIKE 'deliveries.%' ORDER BY id").fetchall()
+    assert [kind for kind, _ in kept] == ["deliveries.settled", "deliveries.retried"]
+    assert all(actor.startswith("cli:") for _, actor in kept)
+
+
+def test_an_event_that_could_not_be_planned_is_planned_again_or_cancelled(rolecast, folder, directory):
+    written(folder / "event.json", INVOICE)
+    assert rolecast("publish", "event.json").exit_code == 0
+    refused(rolecast("events", "retry", "/test", "e1"), 4, "sending", "rolecast deliveries retry")
+    for command, status in (("retry", "planning"), ("cancel", "cancelled")):
+        with closing(sqlite3.connect(folder / "rolecast.db")) as connection, connection:
+            connection.execute("UPDATE events SET status = 'held', reason = 'cannot_be_planned'")
+        assert "1 event is held" in rolecast("events", "matters").stdout
+        assert rolecast("events", command, "/test", "e1").exit_code == 0
+        assert accepted(rolecast)[0]["status"] == status
 
 
 def test_what_is_paused_waits_until_it_is_resumed(rolecast, folder, directory):

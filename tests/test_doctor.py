@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.house import house
+from tests.house import NOW, house
 from tests.smtpd import SmtpServer
-from worker import doctor
+from tests.test_matters import an_event
+from worker import decisions, doctor, ledger
+from worker.ledger import Status
 from worker.settings import load
 
 
@@ -68,11 +70,37 @@ def test_a_database_that_cannot_be_written_is_a_finding(tmp_path):
 
 
 def test_looking_changes_nothing_in_the_database(tmp_path):
-    from worker import ledger
-
     with house(tmp_path) as app:
         with app.database.read() as connection:
             before = ledger.guard(connection)
         assert examined(tmp_path)["database"].level == "ok"
         with app.database.read() as connection:
             assert ledger.guard(connection) == before
+
+
+def test_what_needs_a_person_is_a_finding_and_what_is_told_along_a_note(tmp_path):
+    with house(tmp_path) as app:
+        an_event(app.database, 1, (Status.HELD, "sender_refused", NOW))
+        assert examined(tmp_path)["matters"].message.startswith(
+            "1 mail is held: the relay does not take our sender (01J"
+        )
+        with app.database.write() as connection:
+            decisions.release(connection, 1, numbers=None, now=NOW)
+        assert examined(tmp_path)["matters"].level == "ok"
+        an_event(app.database, 2, (Status.FAILED, "recipient_refused", app.database.clock()))
+    found = examined(tmp_path)["matters"]
+    assert (found.level, "correct the addresses" in found.message) == ("note", True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "level", "part"),
+    [
+        ({}, "note", "ROLECAST_OPERATORS"),
+        ({"operators": "ops@vendor.example"}, "note", "ROLECAST_SENDER"),
+        ({"operators": "ops@vendor.example", "sender": "v@vendor.example"}, "ok", "1 hear"),
+        ({"operators": "ops@vendor.example", "sender": "v@vendor.example", "delivery": "test"}, "note", "test"),
+    ],
+)
+def test_it_is_said_who_hears_of_what_needs_a_person(tmp_path, settings, level, part):
+    found = examined(tmp_path, **settings)["operators"]
+    assert (found.level, part in found.message) == (level, True)

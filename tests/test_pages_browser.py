@@ -12,10 +12,13 @@ from email.message import EmailMessage
 from types import SimpleNamespace
 
 import pytest
+from sqlalchemy import insert
 
 from tests.test_inbox import send
 from tests.test_web_security import running
 from tests.web_site import BASE, opened, served
+from worker import matters
+from worker.schema import pauses
 from worker.web.inbox import Inbox
 
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -48,6 +51,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
         notice = web.publish("service.notice", accounts="all", title="T" * 120, body=body)
         quote = web.publish("quote.issued", account="city")
         request = web.publish("action.requested", account="acme", action="contact_list", requested_by="c1")
+        with app.database.write() as connection:
+            matters.note(connection, 1, {(number, matters.NOBODY): 2 for number in range(1, 6)}, now=app.clock())
+            connection.execute(insert(pauses).values(scope="class", value="promotional", by="rolecast:x" * 9, at=1))
         one_click = web.unsubscribe_path(event, "ada@acme.example")
         mail = EmailMessage()
         mail["From"], mail["To"], mail["Subject"] = "Vendor <news@vendor.example>", "ada@acme.example", "Hello"

@@ -13,6 +13,7 @@ import pytest
 from subscriptions import changes
 from subscriptions.changes import Actor, PutContact
 from tests.web_site import Web, opened, served
+from worker import matters
 from worker.ledger import Status
 
 SECRET = "https://sign.example/d/q-1?key=abc&who=ada"
@@ -199,3 +200,23 @@ def test_a_page_of_a_large_broadcast_is_small_and_opens_at_once(tmp_path: Path) 
             following = re.search(r'href="(/events/\w+\?verdicts=\d+)#verdicts">Further accounts', html)
             path = following[1] if following else ""
         assert seen == {f"a{number}" for number in range(61)}
+
+
+# ---------------------------------------------------------------- what needs a person
+
+
+def test_what_needs_a_person_stands_above_the_events(web: Web) -> None:
+    ulid = web.publish("service.notice", account="acme")
+    assert "What needs a person" not in web.client.get("/events").text
+    with web.app.database.write() as connection:
+        matters.note(connection, 1, {(1, matters.NOBODY): 2}, now=web.app.clock())
+        connection.exec_driver_sql("INSERT INTO pauses VALUES ('class', '<b>', 'rolecast:<i>', 1795255200000000)")
+    html = " ".join(web.client.get("/events").text.split())
+    told = words(re.search(r"<table class=\"stacks\">(.*?)</table>", html)[1])
+    assert told.startswith("What Since (UTC) What to do urgent class <b> is paused: Rolecast paused it by itself (<i>)")
+    assert "21 Nov 10:00:00 see to the cause, then rolecast resume --class <b>" in told
+    assert f"nobody could be told in 2 accounts: no contact should get it, can be reached and wants it {ulid}" in told
+    assert "<code>rolecast resume --class &lt;b&gt;</code>" in html
+    assert f'<a href="/events/{ulid}" class="id">' in html
+    assert html.index("What needs a person") < html.index("All events")
+    assert "What needs a person" not in web.client.get(f"/events?before={ulid}").text

@@ -79,11 +79,18 @@ def waiting(connection: Connection, event_ids: Sequence[int]) -> dict[str, int]:
 
 
 def list_deliveries(
-    connection: Connection, event: EventRow, *, after: int = 0, limit: int = 100, status: str | None = None
+    connection: Connection,
+    event: EventRow,
+    *,
+    after: int = 0,
+    limit: int = 100,
+    status: str | None = None,
+    reason: str | None = None,
 ) -> list[dict[str, Any]]:
     """One page of an event's deliveries in the order of their numbers, each with its grounds.
 
-    `after` is the number of the last one of the page before; `status` one of `STATUSES`. Raises `ValueError`.
+    `after` is the number of the last one of the page before; `status` one of `STATUSES`, `reason` why it stands so.
+    Raises `ValueError`.
     """
     flying = _flying(connection, [event.id]).get(event.id, set())
     query = (
@@ -96,6 +103,8 @@ def list_deliveries(
     )
     if status is not None:
         query = query.where(_has_status(status, flying))
+    if reason is not None:
+        query = query.where(deliveries.c.reason == reason)
     rows = connection.execute(query).all()
     further = _further_grounds(connection, event, [row.n for row in rows])
     named = _Named.read(

@@ -1,9 +1,9 @@
-"""`rolecast deliveries list|retry|release`: one event's mails, and what a person decides about them."""
+"""`rolecast deliveries list|retry|release|settle`: one event's mails, and what a person decides about them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +19,11 @@ from worker.commands.console import (
     print_line,
     print_table,
     say,
+    user,
 )
+
+if TYPE_CHECKING:
+    from worker.decisions import Decision
 
 app = typer.Typer(help="The mails of an event.", no_args_is_help=True)
 
@@ -34,28 +38,31 @@ def list_(
     *,
     words: EventWords,
     status: Annotated[str | None, typer.Option("--status", metavar="STATUS", help="Only those that stand so.")] = None,
+    reason: Annotated[str | None, typer.Option("--reason", metavar="REASON", help="Only those with this one.")] = None,
     after: Annotated[int, typer.Option("--after", metavar="N", min=0, help="Behind this number.")] = 0,
     limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, max=100_000, help="How many.")] = 100,
     json: Json = False,
 ) -> None:
     """Show the deliveries of an event."""
-    from worker import history
+    from worker import history, matters
 
     if status is not None and status not in history.STATUSES:
         raise Stop(Exit.USAGE, f"{status!r} is no status of a delivery: there are {', '.join(history.STATUSES)}")
     with opened(ctx) as installation, installation.database.read() as connection:
         event = event_of(connection, words)
-        found = history.list_deliveries(connection, event, after=after, limit=limit, status=status)
+        found = history.list_deliveries(connection, event, after=after, limit=limit, status=status, reason=reason)
     following = found[-1]["n"] if len(found) == limit else None
     if json:
         print_json({"event": event.ulid, "deliveries": found, "next": following})
         return
+    # Of what was lost on the way, and of nothing else, a person needs the name by which the relay's log calls it.
+    named = any(one["status"] == "held" and one["reason"] in matters.UNCERTAIN for one in found)
     heads = ("N", "CONTACT", "EMAIL", "STATUS", "REASON", "ATTEMPTS", "DUE", "RELAY", "REPLY")
     print_table(
-        heads,
+        (*heads, "MESSAGE-ID") if named else heads,
         [
             (one["n"], f"{one['account']}/{one['contact']}", one["email"], one["status"], one["reason"],
-             one["attempts"], one["due_at"], one["relay"], one["reply"])
+             one["attempts"], one["due_at"], one["relay"], one["reply"], *([one["message_id"]] if named else []))
             for one in found
         ],
     )  # fmt: skip
@@ -66,13 +73,14 @@ def list_(
 @app.command("retry")
 def retry(ctx: typer.Context, words: EventWords, number: Numbers = None, json: Json = False) -> None:
     """Try failed and deferred mails of an event again, now."""
-    from worker import ledger
+    from worker import decisions
 
     _decide(
         ctx,
         words,
         number,
-        ledger.retry,
+        decisions.retry,
+        what="deliveries.retried",
         done="to be tried again",
         nothing="no mail of it failed or is deferred",
         json=json,
@@ -82,9 +90,44 @@ def retry(ctx: typer.Context, words: EventWords, number: Numbers = None, json: J
 @app.command("release")
 def release(ctx: typer.Context, words: EventWords, number: Numbers = None, json: Json = False) -> None:
     """Send held mails of an event; only under ROLECAST_DELIVERY=live."""
-    from worker import ledger
+    from worker import decisions
 
-    _decide(ctx, words, number, ledger.release, done="released", nothing="no mail of it is held", json=json, sends=True)
+    _decide(
+        ctx,
+        words,
+        number,
+        decisions.release,
+        what="deliveries.released",
+        done="released",
+        nothing="no mail of it is held",
+        json=json,
+        sends=True,
+    )
+
+
+@app.command("settle")
+def settle(
+    ctx: typer.Context,
+    words: EventWords,
+    *,
+    accepted: Annotated[
+        bool | None, typer.Option("--accepted/--failed", help="The relay has them, or never had them.")
+    ] = None,
+    number: Numbers = None,
+    json: Json = False,
+) -> None:
+    """Say of held mails whose outcome is unknown whether they went out, as the relay's log tells."""
+    from worker import decisions
+
+    if accepted is None:
+        raise Stop(Exit.USAGE, "say what the relay's log tells: --accepted where it has them, --failed where not")
+    with opened(ctx) as installation, installation.database.write() as connection:
+        event = event_of(connection, words)
+        settled = decisions.settle(
+            connection, event.id, numbers=number, accepted=accepted, by=f"cli:{user()}", now=installation.clock()
+        )
+    done = "settled as accepted" if accepted else "settled as failed; `rolecast deliveries retry` sends again"
+    _told(event.ulid, settled, number, done=done, nothing="no mail of it is held with unknown outcome", json=json)
 
 
 def _decide(
@@ -93,11 +136,14 @@ def _decide(
     numbers: list[int] | None,
     decide: Callable[..., int],
     *,
+    what: Decision,
     done: str,
     nothing: str,
     json: bool,
     sends: bool = False,
 ) -> None:
+    from worker import decisions
+
     with opened(ctx) as installation, installation.database.write() as connection:
         event = event_of(connection, words)
         mode = installation.planner.mode_of(event.mode)
@@ -106,12 +152,21 @@ def _decide(
             raise Stop(Exit.CONFLICT, f"{setting} is {mode!r}, so released mail would be held again: only live sends")
         if event.status == "cancelled":
             raise Stop(Exit.CONFLICT, f"event {event.ulid} is cancelled: publish it again under a new id")
-        changed = decide(connection, event.id, numbers=numbers, now=installation.clock())
+        now = installation.clock()
+        changed = decide(connection, event.id, numbers=numbers, now=now)
+        if changed:
+            decisions.record(
+                connection, what, event.id, by=f"cli:{user()}", now=now, numbers=numbers, deliveries=changed
+            )  # fmt: skip
+    _told(event.ulid, changed, numbers, done=done, nothing=nothing, json=json)
+
+
+def _told(ulid: str, changed: int, numbers: list[int] | None, *, done: str, nothing: str, json: bool) -> None:
     if not changed:
         chosen = f" among {', '.join(map(str, numbers))}" if numbers else ""
-        raise Stop(Exit.NOT_FOUND, f"event {event.ulid}: {nothing}{chosen}")
-    answer: dict[str, Any] = {"event": event.ulid, "deliveries": changed}
+        raise Stop(Exit.NOT_FOUND, f"event {ulid}: {nothing}{chosen}")
+    answer: dict[str, Any] = {"event": ulid, "deliveries": changed}
     if json:
         print_json(answer)
     else:
-        print_line(f"{event.ulid}: {counted(changed, 'mail')} {done}")
+        print_line(f"{ulid}: {counted(changed, 'mail')} {done}")

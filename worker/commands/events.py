@@ -1,4 +1,4 @@
-"""`rolecast events show|list|cancel`, and `rolecast why`: what became of an event, and of one contact in it."""
+"""`rolecast events show|list|cancel|retry|matters` and `rolecast why`: what became of events, what needs a person."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from worker.commands.console import (
     print_json,
     print_line,
     print_table,
+    say,
     shown,
+    user,
 )
 from worker.commands.explain import reasons
 
@@ -73,18 +75,58 @@ def show(ctx: typer.Context, words: EventWords, json: Json = False) -> None:
 @app.command("cancel")
 def cancel(ctx: typer.Context, words: EventWords, json: Json = False) -> None:
     """Withdraw what is not yet sent of an event, before the next flight."""
-    from worker import history, ledger
+    from worker import decisions, history
 
     with opened(ctx) as installation, installation.database.write() as connection:
         event = event_of(connection, words)
-        if event.status not in {"accepted", "planning", "sending", "cancelled"}:
+        if event.status not in {"accepted", "planning", "sending", "held", "cancelled"}:
             raise Stop(Exit.CONFLICT, f"event {event.ulid} is {event.status}: there is nothing left to cancel")
-        withdrawn = ledger.cancel(connection, event.id, owner=0, now=installation.clock())
+        withdrawn = decisions.withdraw(connection, event.id, by=f"cli:{user()}", now=installation.clock())
         state = history.event_state(connection, event)
     if json:
         print_json({**state, "withdrawn": withdrawn})
     else:
         print_line(f"{event.ulid} cancelled: {counted(withdrawn, 'mail')} withdrawn, {_counts(state['totals'])}")
+
+
+@app.command("retry")
+def retry(ctx: typer.Context, words: EventWords, json: Json = False) -> None:
+    """Plan an event again that could not be planned."""
+    from worker import decisions, history
+
+    with opened(ctx) as installation, installation.database.write() as connection:
+        event = event_of(connection, words)
+        if not decisions.plan_again(connection, event.id, by=f"cli:{user()}", now=installation.clock()):
+            message = (
+                f"event {event.ulid} is {event.status}, so it is not planned again: `rolecast deliveries retry` is for "
+                "mails that failed"
+            )
+            raise Stop(Exit.CONFLICT, message)
+        state = history.event_state(connection, event)
+    if json:
+        print_json(state)
+    else:
+        print_line(f"{event.ulid} is planned again")
+
+
+@app.command("matters")
+def matters(ctx: typer.Context, json: Json = False) -> None:
+    """Show what needs a person now; exit 6 where something does."""
+    from worker import standing
+
+    with opened(ctx) as installation, installation.database.read() as connection:
+        found = standing.look(connection, installation.settings, now=installation.clock())
+    if json:
+        print_json({"matters": [one.to_json() for one in found]})
+    for one in () if json else found:
+        print_line(f"{'!' if one.urgent else '-'} {shown(one.title)}")
+        for name, value in (("since", _since(one.since)), ("events", _named(one.events, one.more))):
+            if value:
+                print_line(f"    {name:<7} {value}")
+        print_line(f"    {'to do':<7} {shown(one.what_to_do)}")
+    if any(one.alone for one in found):
+        raise Stop(Exit.FINDINGS)
+    say("nothing needs a person")
 
 
 def why(
@@ -119,6 +161,16 @@ def why(
     for one in found:
         for line in _told(one):
             print_line(line)
+
+
+def _since(at: int | None) -> str:
+    from worker.history import moment
+
+    return moment(at) or ""
+
+
+def _named(ulids: Sequence[str], more: int) -> str:
+    return ", ".join(ulids) + (f" and {more:,} more" if more else "")
 
 
 def _told(verdict: Mapping[str, Any]) -> Sequence[str]:

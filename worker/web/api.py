@@ -1,4 +1,4 @@
-"""The API of publishers and of machines (contract, section 7): events in, what became of them out.
+"""The API of publishers (contract, section 7): events in, what became of them out.
 
 An event is answered 202 only after its commit. Nothing here decides who gets what: `worker.intake` accepts,
 `worker.history` reads; this module authenticates, limits, and speaks HTTP. A key sees the events that came with it,
@@ -11,25 +11,24 @@ import base64
 import binascii
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, select
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from subscriptions import directory
 from subscriptions.audience import AccountFacts, Verdicts, answer, resolve
-from subscriptions.database import DatabaseUnusable
+from worker import decisions, history, intake, keys
 from worker import events as event_types
-from worker import history, intake, keys, ledger, migrate
 from worker.events import MAX_BATCH_BYTES, MAX_EVENT_BYTES_WITH_FILES, TYPES, Event, EventError, Received, from_http
 from worker.fanout import EventRow, event_facts
 from worker.intake import Accepted, Publisher, Refused
 from worker.keys import ApiKey
-from worker.schema import events, tallies, workers
+from worker.schema import events
 from worker.web.problems import Problem, of_events, of_refusal
 from worker.web.security import read_body
 from worker.web.site import Here, Site
@@ -326,7 +325,7 @@ def event_cancel(event: str, request: Request, site: Here) -> dict[str, Any]:
         if not key.may_publish(row.type):
             raise Problem(403, f"The key {key.name!r} may not publish {row.type}, so it may not cancel it either.")
     with site.app.database.write() as connection:
-        withdrawn = ledger.cancel(connection, row.id, owner=intake.PUBLISHER, now=site.app.clock())
+        withdrawn = decisions.cancel(connection, row.id, owner=intake.PUBLISHER, now=site.app.clock())
         return {**_state(connection, row), "withdrawn": withdrawn}
 
 
@@ -356,84 +355,3 @@ def type_schema(name: str) -> Response:
     if name not in TYPES:
         raise Problem(404, f"There is no event type {name[:80]!r}: /v1/types lists them.")
     return JSONResponse(event_types.json_schema(name), media_type="application/schema+json")
-
-
-# ---------------------------------------------------------------- health
-
-
-@router.get("/healthz", summary="Whether the process answers")
-def healthz() -> dict[str, str]:
-    """Says that the web side lives; looks at nothing else."""
-    return {"status": "ok"}
-
-
-@router.get("/readyz", summary="Whether events can be taken")
-def readyz(site: Here) -> Response:
-    """200 while events can be taken and stored, with what is amiss besides; 503 otherwise."""
-    facts: list[str] = []
-    ready = True
-    try:
-        found, head = migrate.state(site.app.database)
-        if found != head:
-            ready = False
-            facts.append(f"the database has schema {found}, the code needs {head}: run `rolecast db upgrade`")
-        else:
-            facts += _amiss(site)
-    except (DatabaseUnusable, migrate.SchemaError) as error:
-        ready = False
-        facts.append(str(error))
-    if site.engine is not None and not site.engine.healthy():
-        ready = False
-        facts.append("a worker thread of this process has died: restart it")
-    status = "unready" if not ready else "degraded" if facts else "ready"
-    headers = {} if ready else {"Retry-After": "5"}
-    return JSONResponse({"status": status, "facts": facts}, 200 if ready else 503, headers)
-
-
-def _amiss(site: Site) -> list[str]:
-    """What keeps mail from leaving while events are still taken."""
-    settings = site.app.settings
-    facts = []
-    if not settings.relay_urls:
-        facts.append("ROLECAST_RELAY_URLS is not set: events are taken, mail waits")
-    if not settings.sender:
-        facts.append("ROLECAST_SENDER is not set: mail waits")
-    if not settings.links_work:
-        facts.append("ROLECAST_PUBLIC_URL is not https: mails that may be opted out of wait")
-    if site.engine is None:
-        since = site.app.clock() - settings.lease_seconds * 1_000_000
-        with site.app.database.read() as connection:
-            if connection.execute(select(workers.c.id).where(workers.c.beat_at >= since)).first() is None:
-                facts.append("no worker is at work: start `rolecast work`")
-    if settings.status_page_feed_url:
-        with site.app.database.read() as connection:
-            error = site.app.feed.adopt(connection).error
-        if error:
-            facts.append(f"the feed of the status page can't be read: {error}")
-    return facts
-
-
-@router.get("/metrics", summary="Counts for Prometheus", response_class=PlainTextResponse)
-def metrics(site: Here) -> Response:
-    """Events and deliveries by status, in Prometheus' text format."""
-    with site.app.database.read() as connection:
-        counts = select(events.c.status, func.count()).group_by(events.c.status)
-        by_event = {status: int(n) for status, n in connection.execute(counts).all()}
-        sums = select(tallies.c.status, func.sum(tallies.c.n)).group_by(tallies.c.status)
-        by_delivery = {
-            ledger.Status(status).name.lower(): int(n) for status, n in connection.execute(sums).all()
-        }  # fmt: skip
-        at_work = connection.execute(select(func.count()).select_from(workers)).scalar_one()
-    lines = [
-        *_gauge("rolecast_events", "Events by status.", by_event),
-        *_gauge("rolecast_deliveries", "Deliveries by status.", by_delivery),
-        "# HELP rolecast_workers Worker processes on record.",
-        "# TYPE rolecast_workers gauge",
-        f"rolecast_workers {at_work}",
-    ]
-    return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def _gauge(name: str, help_text: str, counts: Mapping[str, int]) -> Sequence[str]:
-    rows = [f'{name}{{status="{status}"}} {count}' for status, count in sorted(counts.items())]
-    return [f"# HELP {name} {help_text}", f"# TYPE {name} gauge", *rows]

@@ -15,9 +15,10 @@ from markupsafe import Markup
 from starlette.responses import Response
 
 from subscriptions.catalogue import Catalogue
-from worker import facts, history
+from worker import facts, history, standing
 from worker.facts import Fact
 from worker.fanout import EventRow
+from worker.history import moment
 from worker.markdown import markdown_html
 from worker.web import words
 from worker.web.problems import Problem
@@ -45,13 +46,18 @@ def refused(request: Request, site: Site) -> Response | None:
 
 @router.get("/events")
 def list_events(request: Request, site: Here, before: Annotated[str | None, Query(max_length=26)] = None) -> Response:
-    """Events, the newest first."""
+    """Events, the newest first; above them what needs a person now."""
     if page := refused(request, site):
         return page
     with site.app.database.read() as connection:
         found = history.list_events(connection, limit=EVENTS + 1, before=before)
+        newest = before is None
+        matters = standing.look(connection, site.app.settings, now=site.app.clock(), quick=True) if newest else []
     older = found[EVENTS - 1]["event"] if len(found) > EVENTS else None
-    return site.page("events", here="events", events=found[:EVENTS], older=older, newest=before is None)
+    return site.page(
+        "events", here="events", events=found[:EVENTS], older=older, newest=newest,
+        matters=[(one, words.with_code(one.what_to_do), moment(one.since)) for one in matters],
+    )  # fmt: skip
 
 
 @router.get("/events/{ulid}")

@@ -23,7 +23,7 @@ from starlette.staticfiles import StaticFiles
 from worker import logs
 from worker.app import App, Engine
 from worker.links import Links, keys_for
-from worker.web import api, events_page, inbox_pages, preferences, problems
+from worker.web import api, events_page, health, inbox_pages, preferences, problems
 from worker.web.inbox import Inbox
 from worker.web.security import Door, own_hosts
 from worker.web.site import STATIC, Site
@@ -55,7 +55,7 @@ def build(
     web = FastAPI(title="Rolecast", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     web.state.site = site
     problems.install(web, site)
-    for router in (api.router, preferences.router, events_page.router):
+    for router in (api.router, health.router, preferences.router, events_page.router):
         web.include_router(router)
     if inbox is not None:
         web.include_router(inbox_pages.router)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
+
+from markupsafe import Markup, escape
 
 from subscriptions.catalogue import Catalogue
 from worker.history import Audience
@@ -45,11 +48,15 @@ _SAID: Final[Mapping[str, str]] = {
     "expired": "too late to be of use",
     "cannot_be_rendered": "the template could not be filled in",
     "unknown": "the relay's answer was lost; a person decides",
+    "restored": "may have gone out before the database was restored; a person decides",
     "sent_again": "sent again after a lost answer",
     "sender_refused": "the relay refused our sender",
     "recipient_refused": "the relay refused the address",
     "content_refused": "the relay refused the content",
+    "policy_refused": "the relay refused it by its policy",
     "given_up": "given up after many attempts",
+    "settled_by_person": "settled by a person",
+    "cannot_be_planned": "it could not be planned",
     "paused": "paused",
     "no_https": "waits for an https address in ROLECAST_PUBLIC_URL",
     "no_sender": "waits for ROLECAST_SENDER",
@@ -68,6 +75,11 @@ def said(code: str | None) -> str:
     if code is None:
         return ""
     return _SAID.get(code) or code.replace("_", " ")
+
+
+def with_code(text: str) -> Markup:
+    """A sentence whose `commands` are shown as such."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped before
 
 
 _MATCHED: Final[Mapping[str, str]] = {

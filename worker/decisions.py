@@ -1,0 +1,162 @@
+"""What a person decides about mail and events that the machine set aside; each decision is kept with who and when.
+
+`settle` says what became of mails whose answer was lost; `plan_again` and `withdraw` are for events that could not be
+planned; `release`, `retry` and `cancel` are for what a person wants otherwise, and `record` keeps who did it. The
+record is a row of the audit table: actor, door, and what was decided by row numbers, with no address in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+from sqlalchemy import ColumnElement, Connection, func, insert, select, update
+
+from subscriptions.directory import among
+from subscriptions.schema import audit
+from worker import ledger, matters
+from worker.ledger import Status
+from worker.schema import deliveries, events, flights, slices
+
+SETTLED = "settled_by_person"
+#: The reason of a mail that a person said was not sent.
+KEPT = 1_000
+#: Numbers of mails that a record names; the rest is counted.
+PERSON = 0
+#: Who owns the changes of counts that a person made.
+
+Decision = Literal[
+    "deliveries.settled", "deliveries.released", "deliveries.retried", "event.planned_again", "event.withdrawn"
+]
+
+
+def settle(
+    connection: Connection, event_id: int, *, numbers: Sequence[int] | None, accepted: bool, by: str, now: int
+) -> int:
+    """Say of held mails of which nobody knew, all of an event or those of these numbers, whether they went out.
+
+    `accepted`: the relay's log has them. Otherwise they failed and can be retried. Mails that are held for another
+    reason, or not held, stay as they are. Returns how many were settled; `by` is who, such as `cli:ada`.
+    """
+    chosen = (
+        (deliveries.c.event_id == event_id)
+        & (deliveries.c.status == int(Status.HELD))
+        & deliveries.c.reason.in_(matters.UNCERTAIN)
+    )
+    if numbers is not None:
+        chosen &= among(connection, deliveries.c.n, sorted(set(numbers)))
+    status = Status.ACCEPTED if accepted else Status.FAILED
+    settled = connection.execute(
+        update(deliveries)
+        .where(chosen)
+        .values(status=int(status), reason=SETTLED, due_at=None, settled_at=now)
+        .returning(deliveries.c.n)
+    )
+    found = sorted(settled.scalars())
+    if not found:
+        return 0
+    count = len(found)
+    ledger.add_tallies(connection, PERSON, {(event_id, Status.HELD): -count, (event_id, status): count})
+    if not accepted:
+        matters.note(connection, PERSON, {(event_id, SETTLED): count}, now=now)
+    record(
+        connection, "deliveries.settled", event_id, by=by, now=now, numbers=found[:KEPT], deliveries=count,
+        became=status.name.lower(),
+    )  # fmt: skip
+    return count
+
+
+def plan_again(connection: Connection, event_id: int, *, by: str, now: int) -> bool:
+    """Let an event that could not be planned be planned again, from where it stopped; False where it is not held."""
+    changed = connection.execute(
+        update(events)
+        .where(events.c.id == event_id, events.c.status == "held")
+        .values(status="planning", reason=None, plan_owner=None)
+    ).rowcount
+    if changed:
+        record(connection, "event.planned_again", event_id, by=by, now=now)
+    return bool(changed)
+
+
+def withdraw(connection: Connection, event_id: int, *, by: str, now: int) -> int:
+    """Cancel an event, one that could not be planned too; returns how many mails were withdrawn."""
+    withdrawn = cancel(connection, event_id, owner=PERSON, now=now)
+    record(connection, "event.withdrawn", event_id, by=by, now=now, withdrawn=withdrawn)
+    return withdrawn
+
+
+def cancel(connection: Connection, event_id: int, *, owner: int, now: int) -> int:
+    """Withdraw what is not yet sent of an event; takes effect before the next flight. Returns how many deliveries.
+
+    What is in flight may go out all the same: its acceptance is recorded then (`ledger.settle`).
+    """
+    connection.execute(
+        update(events)
+        .where(events.c.id == event_id, events.c.status.in_(["accepted", "planning", "sending", "held"]))
+        .values(status="cancelled", cancelled_at=now)
+    )
+    named = select(flights.c.members).join(slices, slices.c.id == flights.c.slice_id)
+    rows = connection.execute(named.where(slices.c.event_id == event_id)).scalars()
+    in_flight = {n for members in rows for n in json.loads(members)}
+    withdrawn = connection.execute(
+        update(deliveries)
+        .where(deliveries.c.event_id == event_id, deliveries.c.status == int(Status.PLANNED))
+        .where(~among(connection, deliveries.c.n, sorted(in_flight)))
+        .values(status=int(Status.CANCELLED), reason=ledger.CANCELLED, due_at=None, settled_at=now)
+    ).rowcount
+    counts = {(event_id, Status.CANCELLED): withdrawn, (event_id, Status.PLANNED): -withdrawn}
+    ledger.add_tallies(connection, owner, counts)
+    # The last: a flight that is being begun holds the guard, and then wants what stands above.
+    ledger.raise_guard(connection)
+    return withdrawn
+
+
+def release(connection: Connection, event_id: int, *, numbers: Sequence[int] | None, now: int) -> int:
+    """Let held deliveries of an event go now, all or those of these numbers; returns how many."""
+    return _owe_again(connection, event_id, deliveries.c.status == int(Status.HELD), numbers=numbers, now=now)
+
+
+def retry(connection: Connection, event_id: int, *, numbers: Sequence[int] | None, now: int) -> int:
+    """Try failed and deferred deliveries of an event again now, all or those of these numbers; returns how many."""
+    failed = deliveries.c.status == int(Status.FAILED)
+    deferred = (deliveries.c.status == int(Status.PLANNED)) & deliveries.c.due_at.is_not(None)
+    return _owe_again(connection, event_id, failed | deferred, numbers=numbers, now=now)
+
+
+def _owe_again(
+    connection: Connection, event_id: int, wanted: ColumnElement[bool], *, numbers: Sequence[int] | None, now: int
+) -> int:
+    chosen = (deliveries.c.event_id == event_id) & wanted
+    if numbers is not None:
+        chosen &= deliveries.c.n.in_(list(numbers))
+    before = connection.execute(select(deliveries.c.status, func.count()).where(chosen).group_by(deliveries.c.status))
+    changes: Counter[tuple[int, Status]] = Counter()
+    for status, count in before.all():
+        changes[event_id, Status(status)] -= count
+        changes[event_id, Status.PLANNED] += count
+    owed_again = connection.execute(
+        update(deliveries)
+        .where(chosen)
+        .values(status=int(Status.PLANNED), reason=None, due_at=now, retry_slice=None, settled_at=None)
+    ).rowcount
+    ledger.add_tallies(connection, PERSON, changes)
+    if owed_again:
+        ended = (events.c.id == event_id) & (events.c.status == "done")
+        connection.execute(update(events).where(ended).values(status="sending"))
+    return owed_again
+
+
+def record(connection: Connection, what: Decision, event_id: int, *, by: str, now: int, **body: object) -> None:
+    """Keep who decided what, and when."""
+    connection.execute(
+        insert(audit).values(
+            at=now,
+            actor=by,
+            door=by.partition(":")[0],
+            account_id=None,
+            kind=what,
+            body=json.dumps({"event": event_id, **body}),
+        )
+    )
