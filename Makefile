@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 ARGS ?=
 STAMP = $(VENV)/.installed-$(shell cat requirements.lock requirements-test.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: help demo test check bench kills lock format screenshots clean
+.PHONY: help demo test check bench faults soak lock format screenshots clean
 
 help:  ## list what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -27,8 +27,11 @@ check: $(VENV)/.test-$(notdir $(STAMP))  ## lint and types alone
 bench: $(VENV)/.test-$(notdir $(STAMP))  ## the broadcast to 200,000 recipients, measured (ARGS="--recipients 20000")
 	@$(PY) -m tests.bench.broadcast $(ARGS)
 
-kills: $(VENV)/.test-$(notdir $(STAMP))  ## the broadcast with ten SIGKILLs at random moments (ARGS="--kills 3")
-	@$(PY) -m tests.bench.kills $(ARGS)
+faults: $(VENV)/.test-$(notdir $(STAMP))  ## every fault of the field, some 20 minutes (ARGS="kills-sqlite --kills 20"; --list names them)
+	@$(PY) -m tests.faults $(ARGS)
+
+soak: $(VENV)/.test-$(notdir $(STAMP))  ## the same with the large figures: hours
+	@$(PY) -m tests.faults --soak $(ARGS)
 
 format: $(VENV)/.test-$(notdir $(STAMP))  ## put the code into its form
 	@$(VENV)/bin/ruff check --fix --quiet . ; $(VENV)/bin/ruff format .

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,15 @@ RECIPIENTS_PER_ACCOUNT = 4
 
 
 class Sink:
-    """csink: an SMTP server in C that counts what it accepts. `delay` is microseconds before each reply."""
+    """csink: an SMTP server in C that counts what it accepts. `delay` is microseconds before each reply.
 
-    def __init__(self, folder: Path, *, delay: int = 0) -> None:
+    `log` is a file that gets a line per accepted mail; `plain` offers neither PIPELINING nor CHUNKING; `rate` is how
+    many mails a second it accepts in all (0: as many as come).
+    """
+
+    def __init__(
+        self, folder: Path, *, delay: int = 0, log: Path | None = None, plain: bool = False, rate: float = 0
+    ) -> None:
         program = folder / "csink"
         if not program.exists():
             compiler = shutil.which("cc") or shutil.which("gcc")
@@ -34,7 +40,11 @@ class Sink:
             subprocess.run([compiler, "-O2", "-w", "-o", str(program), str(HERE / "csink.c")], check=True)
         self.port, self.control = free_port(), free_port()
         arguments = [str(program), str(self.port), str(self.control)]
-        self._process = subprocess.Popen([*arguments, *(["-d", str(delay)] if delay else [])])
+        arguments += ["-d", str(delay)] if delay else []
+        arguments += ["-l", str(log)] if log else []
+        arguments += ["-P"] if plain else []
+        arguments += ["-r", str(rate)] if rate else []
+        self._process = subprocess.Popen(arguments)
         self._wait()
 
     def _wait(self) -> None:
@@ -98,17 +108,24 @@ class Stage:
     sink: Sink
     connections: int = 8
     lease_seconds: int = 30
+    database_url: str = ""  # empty: SQLite in the folder
+    broker_url: str = "memory://"
+    relay_port: int = 0  # 0: the sink's own; a proxy before it has another
+    settings: dict[str, str] = field(default_factory=dict)  # further ROLECAST_* names; they win
 
     def environment(self) -> dict[str, str]:
         """What the commands see: nothing of the caller's ROLECAST_* settings."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith("ROLECAST_")}
-        return ours | {
-            "ROLECAST_DATABASE_URL": f"sqlite:///{self.folder / 'rolecast.db'}",
-            "ROLECAST_RELAY_URLS": f"smtp://127.0.0.1:{self.sink.port}?tls=none&connections={self.connections}",
+        relay = self.relay_port or self.sink.port
+        standing = {
+            "ROLECAST_DATABASE_URL": self.database_url or f"sqlite:///{self.folder / 'rolecast.db'}",
+            "ROLECAST_BROKER_URL": self.broker_url,
+            "ROLECAST_RELAY_URLS": f"smtp://127.0.0.1:{relay}?tls=none&connections={self.connections}",
             "ROLECAST_SENDER": "Bench Support <support@bench.example>",
             "ROLECAST_LOG_FORMAT": "json",
             "ROLECAST_LEASE_SECONDS": str(self.lease_seconds),
         }
+        return ours | standing | self.settings
 
     def start(self, *arguments: str, errors: Path | None = None) -> subprocess.Popen[bytes]:
         """Start a command; its stderr goes to `errors`."""
