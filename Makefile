@@ -24,8 +24,8 @@ check: $(VENV)/.test-$(notdir $(STAMP))  ## lint and types alone
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-bench: $(VENV)/.test-$(notdir $(STAMP))  ## the broadcast to 200,000 recipients, measured (ARGS="--recipients 20000")
-	@$(PY) -m tests.bench.broadcast $(ARGS)
+bench: $(VENV)/.test-$(notdir $(STAMP))  ## how fast, how much memory, how soon urgent mail under load (ARGS="broadcast --recipients 20000")
+	@$(PY) -m tests.bench $(ARGS)
 
 faults: $(VENV)/.test-$(notdir $(STAMP))  ## every fault of the field, some 20 minutes (ARGS="kills-sqlite --kills 20"; --list names them)
 	@$(PY) -m tests.faults $(ARGS)

@@ -17,10 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qsl, quote
 
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, Table, create_engine, event, text
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import Insert as SqliteInsert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import DatabaseError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
@@ -50,6 +53,13 @@ READERS = 32
 
 class DatabaseUnusable(Exception):  # noqa: N818 - it reads as the sentence it is
     """The database can't be reached or written: the sentence names it and the remedy; trying later may help."""
+
+
+def insert_into(connection: Connection, table: Table) -> SqliteInsert:
+    """An INSERT that can say what happens where the row is there already; both databases write it alike."""
+    return (
+        sqlite_insert(table) if connection.dialect.name == "sqlite" else cast("SqliteInsert", postgresql_insert(table))
+    )
 
 
 def system_clock() -> int:

@@ -17,9 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sqlalchemy import Connection, delete, func, select, update
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
+from subscriptions.database import insert_into
 from worker.paces import alone
 from worker.relay import About, Kind, Outcome
 from worker.schema import domains as table
@@ -195,9 +194,8 @@ def record(connection: Connection, changes: Mapping[str, Wait | None], *, now: i
     ]
     if not waits:
         return
-    sqlite = connection.dialect.name == "sqlite"
-    statement = (sqlite_insert if sqlite else postgresql_insert)(table)
-    later, new = func.max if sqlite else func.greatest, statement.excluded
+    statement = insert_into(connection, table)
+    later, new = func.max if connection.dialect.name == "sqlite" else func.greatest, statement.excluded
     connection.execute(
         statement.on_conflict_do_update(
             index_elements=["domain"],

@@ -16,13 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, insert, select, text, update
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from subscriptions import directory
 from subscriptions.audience import AccountFacts, EventFacts, Excluded, Recipient, Verdicts, resolve
 from subscriptions.catalogue import Catalogue
-from subscriptions.database import Clock, Database
+from subscriptions.database import Clock, Database, insert_into
 from subscriptions.schema import catalogue_versions
 from worker import feeding, ledger, logs, matters
 from worker.ledger import Lane, Status
@@ -228,8 +226,10 @@ class Planning:
         known = self.planner._shapes  # noqa: SLF001
         missing = sorted(body for body in wanted if body not in known and body not in self._new_shapes)
         if missing:
-            make = sqlite_insert if self.connection.dialect.name == "sqlite" else postgresql_insert
-            self.connection.execute(make(verdict_shapes).on_conflict_do_nothing(), [{"body": body} for body in missing])
+            self.connection.execute(
+                insert_into(self.connection, verdict_shapes).on_conflict_do_nothing(),
+                [{"body": body} for body in missing],
+            )
             rows = self.connection.execute(
                 select(verdict_shapes.c.body, verdict_shapes.c.id).where(verdict_shapes.c.body.in_(missing))
             )
@@ -245,10 +245,9 @@ class Planning:
         query = select(table.c.id).where(table.c.key == key, table.c.version == catalogue.version)
         number: int | None = self.connection.execute(query).scalar_one_or_none()
         if number is None:
-            make = sqlite_insert if self.connection.dialect.name == "sqlite" else postgresql_insert
             # Another process may store the same version now: then its row is ours too.
             self.connection.execute(
-                make(table)
+                insert_into(self.connection, table)
                 .values(key=key, version=catalogue.version, body=catalogue.body, since=time.time_ns() // 1000)
                 .on_conflict_do_nothing()
             )

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sqlalchemy import Connection, insert, select
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from subscriptions import directory
 from subscriptions.audience import AccountFacts, Verdicts, resolve
-from subscriptions.database import Clock, Database, DatabaseUnusable
+from subscriptions.database import Clock, Database, DatabaseUnusable, insert_into
 from subscriptions.schema import account_products, accounts
 from worker import fanout, ledger, logs
 from worker.events import Event, content
@@ -211,9 +209,8 @@ class Intake:
             scope = "all" if event.accounts == "all" else "list"
             routing["accounts"] = event.accounts
         sender = self.settings.sender_of(class_)
-        make = sqlite_insert if connection.dialect.name == "sqlite" else postgresql_insert
         statement = (
-            make(events)
+            insert_into(connection, events)
             .values(
                 ulid=new_ulid(now),
                 source=event.source,

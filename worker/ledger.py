@@ -34,9 +34,8 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
+from subscriptions.database import insert_into
 from subscriptions.schema import installation
 from worker import matters
 from worker.schema import deliveries, events, flights, slices, tallies
@@ -139,7 +138,7 @@ def begin(connection: Connection, taken: Claim, worker: int, members: Sequence[i
     """Name the mails that are about to leave: (flight, guard); flight 0 where the claim was lost."""
     named = {"members": json.dumps(list(members)), "begun": now}
     row = connection.execute(_BEGIN, named | {"s": taken.slice_id, "w": worker, "p": taken.epoch}).one_or_none()
-    return (int(row.id) if row is not None else 0), guard(connection, held=True)
+    return (int(row.id) if row is not None else 0), guard(connection)
 
 
 _BEGIN = (
@@ -339,8 +338,7 @@ def add_tallies(connection: Connection, owner: int, counts: Mapping[tuple[int, S
     ]
     if not rows:
         return
-    make = sqlite_insert if connection.dialect.name == "sqlite" else postgresql_insert
-    statement = make(tallies)
+    statement = insert_into(connection, tallies)
     connection.execute(
         statement.on_conflict_do_update(
             index_elements=["event_id", "owner", "status"], set_={"n": tallies.c.n + statement.excluded.n}

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Mapping
 from typing import Final, Literal
 
 from sqlalchemy import Connection, delete
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from subscriptions.audience import Verdicts
+from subscriptions.database import insert_into
 from worker.schema import matters, troubles
 
 UNCERTAIN: Final = frozenset({"unknown", "restored"})
@@ -49,7 +48,7 @@ def note(connection: Connection, owner: int, counts: Mapping[tuple[int, str], in
     ]
     if not rows:
         return
-    statement = (sqlite_insert if connection.dialect.name == "sqlite" else postgresql_insert)(matters)
+    statement = insert_into(connection, matters)
     connection.execute(
         statement.on_conflict_do_update(
             index_elements=["event_id", "reason", "owner"],
@@ -79,7 +78,7 @@ def report(connection: Connection, owner: int, kind: Trouble, name: str, why: st
         own = (troubles.c.kind == kind) & (troubles.c.name == name) & (troubles.c.owner == owner)
         connection.execute(delete(troubles).where(own))
         return
-    statement = (sqlite_insert if connection.dialect.name == "sqlite" else postgresql_insert)(troubles)
+    statement = insert_into(connection, troubles)
     connection.execute(
         statement.values(
             kind=kind, name=name, owner=owner, why=why, since_at=now, seen_at=now

@@ -26,11 +26,9 @@ from email.utils import format_datetime, parseaddr
 from typing import Any, Final
 
 from sqlalchemy import Connection, delete, select, update
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from subscriptions.addresses import normalise
-from subscriptions.database import Database
+from subscriptions.database import Database, insert_into
 from worker import logs, mime, standing
 from worker.history import moment
 from worker.ledger import Lane
@@ -104,8 +102,7 @@ def _is_unsent(last: Any) -> bool:
 
 def _insert(connection: Connection, notice: Notice, found: Iterable[Matter]) -> bool:
     """Store a notice with all that stands; of several workers one can, for its number is the next one."""
-    make = sqlite_insert if connection.dialect.name == "sqlite" else postgresql_insert
-    statement = make(notices).values(
+    statement = insert_into(connection, notices).values(
         id=notice.id,
         made_at=notice.made_at,
         subject=notice.subject,

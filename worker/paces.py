@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sqlalchemy import Connection, func, select, update
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
+from subscriptions.database import insert_into
 from worker import logs
 from worker.ledger import Lane
 from worker.relay import Relay
@@ -148,8 +147,7 @@ class Paces:
         quota, _ = self._today(connection, relay, now)
         if count > quota:
             return False
-        make = sqlite_insert if connection.dialect.name == "sqlite" else postgresql_insert
-        statement = make(relay_days).values(relay=relay.name, day=now // DAY, mails=count)
+        statement = insert_into(connection, relay_days).values(relay=relay.name, day=now // DAY, mails=count)
         together = relay_days.c.mails + statement.excluded.mails
         row = connection.execute(
             statement.on_conflict_do_update(
@@ -183,9 +181,8 @@ def _relay_pace(relay: Relay) -> str:
 def _reserve(connection: Connection, name: str, count: int, per_second: float, *, now: int) -> int:
     """Line up `count` mails: when the first of them may go."""
     cost = int(count * SECOND / per_second)
-    sqlite = connection.dialect.name == "sqlite"
-    statement = (sqlite_insert if sqlite else postgresql_insert)(paces).values(name=name, ready_at=now + cost)
-    later = func.max if sqlite else func.greatest
+    statement = insert_into(connection, paces).values(name=name, ready_at=now + cost)
+    later = func.max if connection.dialect.name == "sqlite" else func.greatest
     ready_at = connection.execute(
         statement.on_conflict_do_update(
             index_elements=["name"], set_={"ready_at": later(paces.c.ready_at, now) + cost}

@@ -1,4 +1,4 @@
-"""`make bench`: one broadcast through a counting sink on loopback: how fast, how much memory, and is nobody missed?
+"""One broadcast through a counting sink on loopback: how fast, how much memory, and is nobody missed?
 
 Runs `rolecast publish --wait` for a small audience and a large one, prints a table, and writes `bench-results/`.
 Ends with 1 where a recipient is missing or got two mails, or where memory grew with the audience.
@@ -6,7 +6,6 @@ Ends with 1 where a recipient is missing or got two mails, or where memory grew 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -44,13 +43,9 @@ def measure(recipients: int, *, delay: int = 0) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Measure, print, judge."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipients", type=int, default=200_000)
-    parser.add_argument("--small", type=int, default=10_000)
-    options = parser.parse_args()
-    results = [measure(options.small), measure(options.recipients)]
+def run(*, recipients: int, small: int) -> int:
+    """Measure, print, judge; 0 where nobody is missing and memory stayed flat."""
+    results = [measure(small), measure(recipients)]
     heads = ("recipients", "mails/s", "sending", "cpu s/1000", "peak MB", "accepted", "distinct")
     print(" ".join(head.rjust(11) for head in heads))
     for one in results:
@@ -73,13 +68,9 @@ def main() -> int:
         if not one["recipients"] == one["accepted_by_the_sink"] == one["distinct"] == one["ledger"].get("accepted")
     ]
     grown = results[1]["peak_mb"] - results[0]["peak_mb"]
-    print(f"memory grew by {grown:.1f} MB from {options.small:,} to {options.recipients:,} recipients; raw: {target}")
+    print(f"memory grew by {grown:.1f} MB from {small:,} to {recipients:,} recipients; raw: {target}")
     if grown > GROWTH_MB:
         faults.append(f"memory grew by {grown:.1f} MB")
     for fault in faults:
         print(f"FAULT: {fault}", file=sys.stderr)
     return 1 if faults else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

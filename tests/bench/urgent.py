@@ -1,4 +1,4 @@
-"""`make bench`: a file failure published in the middle of a heavy load: how long until the relay has accepted it?
+"""A file failure published in the middle of a heavy load: how long until the relay has accepted it?
 
 Three loads, each with the web side and the workers running: a service notice to everybody, an upgrade notice to
 everybody, and single invoices one by one. While the load is worked on, file failures are published over HTTP; the sink
@@ -8,7 +8,6 @@ notes when it accepted each. Prints median and worst per load and configuration,
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -182,10 +181,10 @@ def accepted_at(log: Path, wanted: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def run(*, size: int, invoices: int, times: int, configurations: tuple[str, ...] = CONFIGURATIONS) -> int:
+def run(*, recipients: int, invoices: int, times: int, configurations: tuple[str, ...] = CONFIGURATIONS) -> int:
     """Measure every load in every configuration, print a table; 0 where every figure means something."""
     results = [
-        measure(load, configuration, size=invoices if load == LOADS[2] else size, times=times)
+        measure(load, configuration, size=invoices if load == LOADS[2] else recipients, times=times)
         for configuration in configurations
         for load in LOADS
     ]
@@ -202,19 +201,3 @@ def run(*, size: int, invoices: int, times: int, configurations: tuple[str, ...]
     for one in faults:
         print(f"FAULT: {one}", file=sys.stderr)
     return int(bool(faults))
-
-
-def main() -> int:
-    """Measure, print, judge."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=200_000, help="recipients of a broadcast")
-    parser.add_argument("--invoices", type=int, default=100_000)
-    parser.add_argument("--times", type=int, default=100, help="file failures for each load")
-    parser.add_argument("--configuration", choices=CONFIGURATIONS, action="append")
-    options = parser.parse_args()
-    chosen = tuple(options.configuration or CONFIGURATIONS)
-    return run(size=options.size, invoices=options.invoices, times=options.times, configurations=chosen)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
