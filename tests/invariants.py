@@ -17,7 +17,7 @@ from subscriptions.database import Database
 from subscriptions.directory import address_key
 from subscriptions.schema import contacts, mailboxes
 from worker.ledger import Status
-from worker.links import BadToken, read_bounce
+from worker.links import BadToken, delivery_identity, read_bounce
 from worker.schema import deliveries, events, flights, more_grounds, slices, tallies
 
 FINAL = frozenset({Status.ACCEPTED, Status.FAILED, Status.CANCELLED, Status.EXPIRED, Status.HELD})
@@ -173,15 +173,16 @@ def unaccounted(database: Database, mails: Iterable[Mail]) -> list[str]:
     with database.read() as connection:
         key = address_key(connection)
         rows = connection.execute(
-            select(deliveries.c.event_id, deliveries.c.n, mailboxes.c.address).join(
-                mailboxes, mailboxes.c.id == deliveries.c.mailbox_id
-            )
-        )
-        known = {(row.event_id, row.n): row.address for row in rows}
+            select(deliveries.c.event_id, deliveries.c.n, events.c.ulid, mailboxes.c.address_key, mailboxes.c.address)
+            .join(events, events.c.id == deliveries.c.event_id)
+            .join(mailboxes, mailboxes.c.id == deliveries.c.mailbox_id)
+        ).all()
+    known = {(row.event_id, row.n): row.address for row in rows}
+    identities = {(row.event_id, row.n): delivery_identity(row.ulid, bytes(row.address_key)) for row in rows}
     wrong = []
     for mail in mails:
         try:
-            named = read_bounce(key, mail.sender.partition("@")[0])
+            named = read_bounce(key, mail.sender.partition("@")[0], lambda *numbers: identities.get(numbers))
         except BadToken:
             wrong.append(f"{mail.sender} names no delivery")
             continue

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, insert, select, update
 
 from subscriptions import changes
 from subscriptions.audience import EventFacts, resolve
 from subscriptions.changes import Actor, PutContact, RemoveContact, SetOptOut, Suppress
-from subscriptions.schema import audit, installation, opt_outs
+from subscriptions.schema import audit, contacts, installation, opt_outs
 from tests.web_site import Web, opened, served
+from worker.schema import events
 
 ONE_CLICK = {"List-Unsubscribe": "One-Click"}
 OPERATOR = Actor("cli:anna", "cli")
@@ -318,10 +319,41 @@ def test_a_link_for_one_purpose_is_worthless_for_another(web: Web) -> None:
 
 
 def test_the_link_of_a_mail_whose_event_was_purged_says_so(web: Web) -> None:
-    path = web.links.unsubscribe(999, 1).removeprefix("http://127.0.0.1:8080")
+    path = web.links.unsubscribe(999, 1, b"of an event that is gone").removeprefix("http://127.0.0.1:8080")
     answer = web.client.post(path, data=ONE_CLICK)
     assert answer.status_code == 404
     assert "so old" in answer.text
+
+
+def test_a_page_whose_number_was_given_to_another_contact_is_answered_like_any_unknown_link(web: Web) -> None:
+    unknown = web.client.get("/preferences/nonsense")
+    path, number = web.preferences_path("acme", "c1"), web.number("acme", "c1")
+    # given a restored database, in which somebody else was added under the number
+    with web.app.database.write() as connection:
+        row = connection.execute(select(contacts).where(contacts.c.id == number)).mappings().one()
+        connection.execute(delete(contacts).where(contacts.c.id == number))
+        connection.execute(insert(contacts).values(**{**row, "ext": "c9", "name": "Somebody else"}))
+    # then the link of the older mail neither shows nor changes anything
+    answer = web.client.get(path)
+    assert (answer.status_code, answer.text) == (404, unknown.text)
+    answer = save(web, path, {"service_notice": False, "webinar_invite": False})
+    assert (answer.status_code, answer.text) == (404, unknown.text)
+    assert rows(web) == set()
+    # and theirs works
+    assert web.client.get(web.preferences_path("acme", "c9")).status_code == 200
+
+
+def test_one_click_from_a_mail_whose_event_number_was_given_to_another_changes_nothing(web: Web) -> None:
+    unknown = web.client.post("/unsubscribe/nonsense", data=ONE_CLICK)
+    path = web.unsubscribe_path(web.publish("webinar.scheduled", accounts="all"), "ada@acme.example")
+    # given a restored database, in which another event got the number
+    with web.app.database.write() as connection:
+        connection.execute(update(events).values(ulid="01ANOTHEREVENT000000000000"))
+    # then the older mail's button does nothing to that event's recipient
+    for answer in (web.client.post(path, data=ONE_CLICK), web.client.get(path)):
+        assert (answer.status_code, answer.text) == (404, unknown.text)
+    assert rows(web) == set()
+    assert audits(web) == []
 
 
 def test_what_stopped_is_kept_by_the_next_import(web: Web) -> None:

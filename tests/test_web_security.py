@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.web_site import BASE, LISTEN, Web, an_event, opened, served
-from worker.links import BadToken, Links
+from worker.links import BadToken, Links, contact_identity
 from worker.web import security
 from worker.web.inbox import Inbox
 from worker.web.security import own_hosts
@@ -48,26 +48,26 @@ def test_no_changed_or_invented_token_is_accepted() -> None:
     links = Links(("0" * 64, "1" * 64), BASE)
     chance = random.Random(2026)
     for purpose, numbers in (("u", (17, 3)), ("p", (41,)), ("u", (2**40, 200_000))):
-        good = links.token(purpose, *numbers)
-        assert links.read(purpose, good) == list(numbers)
+        good = links.token(purpose, *numbers, identity=b"it")
+        assert links.read(purpose, good, lambda *_: b"it") == numbers
         flipped = 0
         for position in range(len(good)):
             for bit in range(8):
                 letter = chr(ord(good[position]) ^ 1 << bit)
                 with pytest.raises(BadToken):
-                    links.read(purpose, good[:position] + letter + good[position + 1 :])
+                    links.read(purpose, good[:position] + letter + good[position + 1 :], lambda *_: b"it")
                 flipped += 1
         for _ in range(2000):
             made_up = "".join(chance.choices(ALPHABET, k=chance.choice([len(good), chance.randrange(80)])))
             with pytest.raises(BadToken):
-                links.read(purpose, made_up)
+                links.read(purpose, made_up, lambda *_: b"it")
         assert flipped > 150
         for cut in range(len(good)):
             with pytest.raises(BadToken):
-                links.read(purpose, good[:cut])
+                links.read(purpose, good[:cut], lambda *_: b"it")
         for appended in ("=", "A", "\n", " "):
             with pytest.raises(BadToken):
-                links.read(purpose, good + appended)
+                links.read(purpose, good + appended, lambda *_: b"it")
 
 
 @given(st.text(max_size=60))
@@ -75,12 +75,12 @@ def test_no_text_whatever_is_a_token(text: str) -> None:
     links = Links(("0" * 64,), BASE)
     for purpose in ("u", "p"):
         with pytest.raises(BadToken):
-            links.read(purpose, text)
+            links.read(purpose, text, lambda *_: b"it")
 
 
 def test_a_link_signed_with_an_older_key_still_works_and_one_of_a_withdrawn_key_does_not(web: Web) -> None:
     older = Links(("old-secret-of-thirty-two-letters-",), BASE)
-    path = older.preferences(web.number("acme", "c1")).removeprefix(BASE)
+    path = older.preferences(web.number("acme", "c1"), contact_identity("acme", "c1")).removeprefix(BASE)
     settings = replace(web.app.settings, secret_keys=("new-secret-of-thirty-two-letters-", *older.keys))
     web.app.settings = settings
     with served(web.app) as after:

@@ -19,7 +19,7 @@ from worker import events, fanout, keys, leases, settings
 from worker.app import App, open_app
 from worker.intake import Publisher
 from worker.ledger import Lane
-from worker.links import Links, keys_for
+from worker.links import Links, contact_now, delivery_now, keys_for
 from worker.web.inbox import Inbox
 from worker.web.server import build
 
@@ -132,11 +132,22 @@ class Web:
             row = history.find_event(connection, event)
             assert row is not None
             n = next(one["n"] for one in history.list_deliveries(connection, row) if one["email"] == email)
-        return self.links.unsubscribe(row.id, n).removeprefix(BASE)
+        return self.one_click_path(row.id, n)
+
+    def one_click_path(self, event_id: int, n: int) -> str:
+        """The one-click path of a delivery's mail, by its numbers."""
+        with self.app.database.read() as connection:
+            identity = delivery_now(connection, event_id, n)
+        assert identity is not None
+        return self.links.unsubscribe(event_id, n, identity).removeprefix(BASE)
 
     def preferences_path(self, account: str, contact: str) -> str:
         """The path of a contact's preference page."""
-        return self.links.preferences(self.number(account, contact)).removeprefix(BASE)
+        number = self.number(account, contact)
+        with self.app.database.read() as connection:
+            identity = contact_now(connection, number)
+        assert identity is not None
+        return self.links.preferences(number, identity).removeprefix(BASE)
 
     def number(self, account: str, contact: str) -> int:
         """A contact's row number."""

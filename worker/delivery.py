@@ -31,7 +31,7 @@ from subscriptions.schema import accounts as accounts_table
 from worker import ledger, logs, mime
 from worker.fanout import EventRow, Planner, event_facts, event_row
 from worker.ledger import HOLD_CLASS, NEVER, Claim, Lane, Settlement, Status
-from worker.links import bounce_sender
+from worker.links import bounce_sender, delivery_identity
 from worker.mails import Composer, Due, GroundRow, People, load, variant_of
 from worker.paces import SECOND, Paces, Rest, flight_size
 from worker.relay import About, Envelope, Kind, Outcome, Relay, RelayError, Relays
@@ -576,6 +576,7 @@ class _Mails:
         mail = sender.composer.mail_of(event, due, people, now=self.flight.begun)
         email = sender.renderer.render(mail)
         body = mime.assemble(email)
+        identity = delivery_identity(event.ulid, due.mailbox_key)
         variant = (event.id, variant_of(due.grounds[0].shape), mail.locale)
         if variant not in sender._proven:  # noqa: SLF001 - one object in two halves
             mime.prove(email, body)
@@ -585,7 +586,7 @@ class _Mails:
             hash_ = sender.renderer.version(event.type)
             sender.writer.submit(lambda c: sender.keep_rendition(c, *variant, hash_))
         return Envelope(
-            sender=bounce_sender(self.work.address_key, event.id, due.n, event.bounce_domain),
+            sender=bounce_sender(self.work.address_key, event.id, due.n, identity, domain=event.bounce_domain),
             recipient=mime.wire_address(mail.to_address),
             body=body,
             smtputf8=mime.needs_smtputf8(mail.to_address),

@@ -34,6 +34,7 @@ from worker.app import App, Engine, open_app
 from worker.commands.console import progress
 from worker.events import TYPES, Event
 from worker.intake import Publisher
+from worker.links import contact_identity
 from worker.lock import WorkLock
 from worker.settings import RelaySettings, Secret, Settings
 from worker.web.inbox import Inbox
@@ -452,7 +453,7 @@ def _pages(app: App, place: Path) -> dict[str, str]:
     return {
         "events": f"{base}/events",
         "inbox": f"{base}/inbox",
-        "preferences": app.links.preferences(number),
+        "preferences": app.links.preferences(number, contact_identity(account, contact)),
         "key": key,
         "database": f"sqlite:///{shown / 'rolecast.db'}",
     }

@@ -1,9 +1,13 @@
 """Tokens: the personal links in mails, and the envelope senders that bounces come back to.
 
-A token names a purpose and numbers, and carries a MAC of 128 bits (80 for bounces) that nobody can make without the
-key. A token for one purpose is worthless for another. Links are signed by the first of `ROLECAST_SECRET_KEYS`; all of
-them verify. Envelope senders are signed under the installation's address key, which never changes, so that they are
+A token names a purpose and row numbers, and carries a MAC of 128 bits (80 for bounces) that nobody can make without
+the key. A token for one purpose is worthless for another. Links are signed by the first of `ROLECAST_SECRET_KEYS`; all
+of them verify. Envelope senders are signed under the installation's address key, which never changes, so that they are
 the same on every attempt.
+
+A database restored from a backup gives row numbers again, to others. So the MAC also covers an *identity* that is never
+given again: of a delivery its event's ULID and its mailbox, of a contact its account's id and its own. It isn't in the
+token: who reads one looks the row up, and a token whose row is another by now is as bad as a forged one.
 """
 
 from __future__ import annotations
@@ -14,11 +18,15 @@ import hashlib
 import hmac
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
+from sqlalchemy import Connection, select
+
+from subscriptions.schema import accounts, contacts, mailboxes
+from worker.schema import deliveries, events
 from worker.settings import SHORTEST_KEY, SettingsError
 
 Purpose = Literal["u", "p"]
@@ -26,10 +34,54 @@ Purpose = Literal["u", "p"]
 
 _MAC_BYTES = 16
 _BOUNCE_MAC_BYTES = 10
+_ROW: Final = 2**63 - 1
+_DELIVERY: Final = (_ROW, 2**31 - 1)
+_LARGEST: Final[Mapping[Purpose, tuple[int, ...]]] = {"u": _DELIVERY, "p": (_ROW,)}
+#: The numbers of each kind of token, each with the largest that its column can hold.
 
 
 class BadToken(Exception):  # noqa: N818 - reads as the sentence it is
-    """The link is not one that this installation made: it was cut short, changed, or its key was withdrawn."""
+    """Not a token of this installation for what stands in its row now.
+
+    It was cut short or changed, its key was withdrawn, or the row is gone or another's since a restore.
+    """
+
+
+# ---------------------------------------------------------------- what a token is bound to
+
+
+def delivery_identity(ulid: str, mailbox_key: bytes) -> bytes:
+    """What a delivery is whatever its number: its event's ULID and the address key of its mailbox."""
+    return ulid.encode() + b"\0" + mailbox_key
+
+
+def contact_identity(account: str, contact: str) -> bytes:
+    """What a contact is whatever its number, and whatever its address: the ids that people use."""
+    return account.encode() + b"\0" + contact.encode()
+
+
+def delivery_now(connection: Connection, event_id: int, n: int) -> bytes | None:
+    """The identity of the delivery that has these numbers now; None where there is none."""
+    row = connection.execute(
+        select(events.c.ulid, mailboxes.c.address_key)
+        .join(deliveries, deliveries.c.event_id == events.c.id)
+        .join(mailboxes, mailboxes.c.id == deliveries.c.mailbox_id)
+        .where(deliveries.c.event_id == event_id, deliveries.c.n == n)
+    ).one_or_none()
+    return delivery_identity(row.ulid, bytes(row.address_key)) if row is not None else None
+
+
+def contact_now(connection: Connection, contact_id: int) -> bytes | None:
+    """The identity of the contact that has this number now, removed ones included; None where there is none."""
+    row = connection.execute(
+        select(accounts.c.ext, contacts.c.ext)
+        .join(contacts, contacts.c.account_id == accounts.c.id)
+        .where(contacts.c.id == contact_id)
+    ).one_or_none()
+    return contact_identity(row[0], row[1]) if row is not None else None
+
+
+# ---------------------------------------------------------------- links in mails
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +91,24 @@ class Links:
     keys: tuple[str, ...]
     base: str
 
-    def unsubscribe(self, event_id: int, n: int) -> str:
+    def unsubscribe(self, event_id: int, n: int, identity: bytes) -> str:
         """The RFC 8058 address of one delivery: it acts on every ground of it."""
-        return f"{self.base}/unsubscribe/{self.token('u', event_id, n)}"
+        return f"{self.base}/unsubscribe/{self.token('u', event_id, n, identity=identity)}"
 
-    def preferences(self, contact_id: int) -> str:
+    def preferences(self, contact_id: int, identity: bytes) -> str:
         """The preference page of a contact."""
-        return f"{self.base}/preferences/{self.token('p', contact_id)}"
+        return f"{self.base}/preferences/{self.token('p', contact_id, identity=identity)}"
 
-    def token(self, purpose: Purpose, *numbers: int) -> str:
-        """A token for the purpose and numbers, safe in a URL."""
+    def token(self, purpose: Purpose, *numbers: int, identity: bytes) -> str:
+        """A token for the purpose, the numbers and what they stand for, safe in a URL."""
         body = purpose.encode() + b"".join(varint(number) for number in numbers)
-        return base64.urlsafe_b64encode(body + _mac(self.keys[0], body)).rstrip(b"=").decode()
+        return base64.urlsafe_b64encode(body + _mac(self.keys[0], body + identity)).rstrip(b"=").decode()
 
-    def read(self, purpose: Purpose, token: str) -> list[int]:
-        """The numbers of a token. Raises `BadToken`."""
+    def read(self, purpose: Purpose, token: str, identity_of: Callable[..., bytes | None]) -> tuple[int, ...]:
+        """The numbers of a token that was made for what they stand for now. Raises `BadToken`.
+
+        `identity_of(*numbers)` looks that up; it is also asked for numbers that somebody made up.
+        """
         try:
             raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
         except (binascii.Error, ValueError) as error:
@@ -61,26 +116,58 @@ class Links:
         body, mac = raw[:-_MAC_BYTES], raw[-_MAC_BYTES:]
         if base64.urlsafe_b64encode(raw).rstrip(b"=").decode() != token:
             raise BadToken  # several spellings of one token would make a log of used ones useless
-        good = [hmac.compare_digest(mac, _mac(key, body)) for key in self.keys]
-        if not any(good) or body[:1] != purpose.encode():
+        if body[:1] != purpose.encode():
             raise BadToken
-        return varints(body[1:])
+        numbers = _numbers(body[1:], _LARGEST[purpose])
+        signed = body + _known(identity_of(*numbers))
+        good = [hmac.compare_digest(mac, _mac(key, signed)) for key in self.keys]
+        if not any(good):
+            raise BadToken
+        return numbers
 
 
-def _mac(key: str, body: bytes) -> bytes:
-    return hmac.new(key.encode(), b"rolecast link v1\0" + body, hashlib.sha256).digest()[:_MAC_BYTES]
+def _numbers(raw: bytes, largest: Sequence[int]) -> tuple[int, ...]:
+    """The numbers of a token that isn't verified yet: as many as there should be, and such as a database may be asked.
+
+    Raises `BadToken`.
+    """
+    if len(raw) > sum(len(varint(most)) for most in largest):
+        raise BadToken
+    numbers = tuple(varints(raw))
+    if len(numbers) != len(largest) or any(number > most for number, most in zip(numbers, largest, strict=True)):
+        raise BadToken
+    if b"".join(varint(number) for number in numbers) != raw:
+        raise BadToken
+    return numbers
 
 
-def bounce_sender(address_key: bytes, event_id: int, n: int, domain: str) -> str:
+def _known(identity: bytes | None) -> bytes:
+    if identity is None:
+        raise BadToken
+    return identity
+
+
+def _mac(key: str, signed: bytes) -> bytes:
+    return hmac.new(key.encode(), b"rolecast link v1\0" + signed, hashlib.sha256).digest()[:_MAC_BYTES]
+
+
+# ---------------------------------------------------------------- envelope senders
+
+
+def bounce_sender(address_key: bytes, event_id: int, n: int, identity: bytes, *, domain: str) -> str:
     """The envelope sender of a delivery: lower-case letters and digits only, at most 40 in the token."""
     body = varint(event_id) + varint(n)
-    mac = hmac.new(address_key, b"rolecast bounce v1\0" + body, hashlib.sha256).digest()[:_BOUNCE_MAC_BYTES]
-    token = base64.b32encode(body + mac).decode().rstrip("=").lower()
+    token = base64.b32encode(body + _bounce_mac(address_key, body + identity)).decode().rstrip("=").lower()
     return f"b+{token}@{domain}"
 
 
-def read_bounce(address_key: bytes, local_part: str) -> tuple[int, int]:
-    """(event, n) of an envelope sender's local part, in any case. Raises `BadToken`."""
+def read_bounce(
+    address_key: bytes, local_part: str, identity_of: Callable[[int, int], bytes | None]
+) -> tuple[int, int]:
+    """(event, n) of an envelope sender's local part, in any case. Raises `BadToken`.
+
+    `identity_of` is asked as in `Links.read`.
+    """
     _, plus, token = local_part.upper().partition("+")
     try:
         raw = base64.b32decode(token + "=" * (-len(token) % 8)) if plus else b""
@@ -89,11 +176,17 @@ def read_bounce(address_key: bytes, local_part: str) -> tuple[int, int]:
     if not raw or base64.b32encode(raw).decode().rstrip("=") != token:
         raise BadToken
     body, mac = raw[:-_BOUNCE_MAC_BYTES], raw[-_BOUNCE_MAC_BYTES:]
-    expected = hmac.new(address_key, b"rolecast bounce v1\0" + body, hashlib.sha256).digest()[:_BOUNCE_MAC_BYTES]
-    numbers = varints(body)
-    if not hmac.compare_digest(mac, expected) or len(numbers) != 2:
+    event_id, n = _numbers(body, _DELIVERY)
+    if not hmac.compare_digest(mac, _bounce_mac(address_key, body + _known(identity_of(event_id, n)))):
         raise BadToken
-    return numbers[0], numbers[1]
+    return event_id, n
+
+
+def _bounce_mac(address_key: bytes, signed: bytes) -> bytes:
+    return hmac.new(address_key, b"rolecast bounce v1\0" + signed, hashlib.sha256).digest()[:_BOUNCE_MAC_BYTES]
+
+
+# ---------------------------------------------------------------- keys
 
 
 def keys_for(configured: Sequence[str], database_path: Path | None) -> tuple[str, ...]:
@@ -119,6 +212,9 @@ def keys_for(configured: Sequence[str], database_path: Path | None) -> tuple[str
         message = f"the key file {path} holds no key: restore it, or remove it and the links in older mails end"
         raise SettingsError(message)
     return (key,)
+
+
+# ---------------------------------------------------------------- numbers
 
 
 def varint(number: int) -> bytes:

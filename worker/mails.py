@@ -19,8 +19,9 @@ from subscriptions import directory
 from subscriptions.catalogue import Catalogue
 from subscriptions.directory import ContactRow
 from subscriptions.schema import accounts as accounts_table
+from subscriptions.schema import mailboxes
 from worker.fanout import EventRow
-from worker.links import Links
+from worker.links import Links, contact_identity, delivery_identity
 from worker.rendering import Ground, Mail, Variant
 from worker.schema import deliveries, more_grounds, verdict_shapes
 from worker.settings import Settings
@@ -51,6 +52,7 @@ class Due:
 
     n: int
     mailbox: int
+    mailbox_key: bytes  # what the mailbox is whatever its number: its address key
     attempts: int
     first_flight_at: int | None
     grounds: tuple[GroundRow, ...]
@@ -84,9 +86,10 @@ def load(connection: Connection, event: EventRow, numbers: Sequence[int]) -> tup
     rows = connection.execute(
         select(
             table.c.n, table.c.mailbox_id, table.c.attempts, table.c.first_flight_at, table.c.reason,
-            table.c.account_id, table.c.contact_id, verdict_shapes.c.body,
+            table.c.account_id, table.c.contact_id, verdict_shapes.c.body, mailboxes.c.address_key,
         )
         .join(verdict_shapes, verdict_shapes.c.id == table.c.shape_id)
+        .join(mailboxes, mailboxes.c.id == table.c.mailbox_id)
         .where(table.c.event_id == event.id, table.c.n.in_(numbers))
         .order_by(table.c.n)
     ).all()  # fmt: skip
@@ -104,6 +107,7 @@ def load(connection: Connection, event: EventRow, numbers: Sequence[int]) -> tup
         Due(
             n=row.n,
             mailbox=row.mailbox_id,
+            mailbox_key=bytes(row.address_key),
             attempts=row.attempts,
             first_flight_at=row.first_flight_at,
             reason=row.reason,
@@ -179,6 +183,7 @@ class Composer:
         category = next(iter(self.catalogues.values())).vocabulary.categories[event.category]
         sender = self.settings.sender_of(event.class_) or ""
         opt_out = self.links is not None and self.can_opt_out(event, due, people)
+        identity = delivery_identity(event.ulid, due.mailbox_key)
         return Mail(
             event=event.ulid,
             type=event.type,
@@ -198,7 +203,7 @@ class Composer:
             message_id=message_id(event, due.n),
             date=datetime.fromtimestamp((due.first_flight_at or now) // 1_000_000, UTC),
             list_domain=event.sender_domain,
-            unsubscribe_url=self.links.unsubscribe(event.id, due.n) if opt_out and self.links else None,
+            unsubscribe_url=self.links.unsubscribe(event.id, due.n, identity) if opt_out and self.links else None,
             status_page_url=self.settings.status_page_url,
             extra=self._extra(event, first, people) if event.category == "approval_request" else {},
         )
@@ -207,6 +212,7 @@ class Composer:
         ext, name, key = people.accounts[ground.account]
         catalogue = self.catalogues[key]
         roles = tuple(role for role, _ in ground.shape.matched)
+        identity = contact_identity(ext, people.contacts[ground.contact].id)
         return Ground(
             account=ext,
             account_name=name or ext,
@@ -214,7 +220,7 @@ class Composer:
             roles=roles,
             role_titles=tuple(catalogue.roles[role].title if role in catalogue.roles else role for role in roles),
             reasons=tuple(reason for _, reason in ground.shape.matched),
-            preference_url=self.links.preferences(ground.contact) if self.links else None,
+            preference_url=self.links.preferences(ground.contact, identity) if self.links else None,
             catalogue=key,
             category_title=category_title,
         )

@@ -127,6 +127,7 @@ def _dues(
         due = Due(
             n=n,
             mailbox=mailbox,
+            mailbox_key=b"",  # its links open nothing whatever they are bound to
             attempts=0,
             first_flight_at=None,
             grounds=tuple(
