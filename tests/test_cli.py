@@ -575,6 +575,7 @@ def test_a_mail_that_failed_ends_with_one_and_can_be_tried_again(rolecast, folde
         assert rolecast("work", "--until-idle", **sending(server)).exit_code == 0
         assert [mail.recipient for mail in server.accepted] == ["cy@acme.example"]
     assert rolecast("deliveries", "list", "/test", "e1", "--status", "sent").exit_code == 2
+    refused(rolecast("deliveries", "list", "/test", "e1", "--reason", "nonsense"), 2, "'nonsense'", "recipient_refused")
 
 
 def test_held_mail_is_released_only_where_mail_is_live(rolecast, folder, directory):
@@ -621,6 +622,53 @@ def test_mail_whose_answer_was_lost_is_listed_and_settled_by_a_person(rolecast, 
     done = rolecast("events", "matters", **sending(server))
     assert (done.exit_code, done.stdout) == (0, "")
     assert "nothing needs a person" in done.stderr
+
+
+def test_mail_whose_answer_was_lost_is_sent_again_only_where_a_person_chose_it(rolecast, folder, directory):
+    written(folder / "event.json", INVOICE)
+    with SmtpServer() as server:
+        server.on("dot", lose_the_reply(), nth=1)
+        assert rolecast("publish", "--wait", "event.json", **sending(server)).exit_code == 6
+        stays = "1 mail of unknown outcome stays held: settle it"
+        refused(rolecast("deliveries", "release", "/test", "e1"), 3, f"{stays}, or release it with --reason unknown")
+        refused(rolecast("deliveries", "release", "/test", "e1", "--reason", "nonsense"), 2, "'nonsense'", "unknown")
+        refused(rolecast("deliveries", "release", "/test", "e1", "--reason", "team"), 3, "with the reason team")
+        refused(rolecast("events", "cancel", "/test", "e1"), 4, "nothing left to cancel", stays)
+        assert accepted(rolecast)[0]["status"] == "done"
+        released = rolecast("deliveries", "release", "/test", "e1", "--reason", "unknown", "--json")
+        assert (json.loads(released.stdout)["deliveries"], released.stderr) == (1, "")
+        assert rolecast("work", "--until-idle", **sending(server)).exit_code == 0
+        assert len(server.accepted) == 2
+    with closing(sqlite3.connect(folder / "rolecast.db")) as connection:
+        kept = connection.execute("SELECT body FROM audit WHERE kind = 'deliveries.released'").fetchall()
+    assert [json.loads(body)["reason"] for (body,) in kept] == ["unknown"]
+
+
+def test_what_a_release_and_a_cancel_leave_held_is_said(rolecast, folder, directory):
+    written(folder / "event.json", envelope("service.notice", account=None, accounts="all"))
+    with SmtpServer() as server:
+        assert rolecast("publish", "--wait", "event.json", **sending(server, delivery="test")).exit_code == 6
+    for status, words in (("done", ("deliveries", "release")), ("sending", ("events", "cancel"))):
+        assert accepted(rolecast)[0]["status"] == status
+        with closing(sqlite3.connect(folder / "rolecast.db")) as connection, connection:
+            connection.execute("UPDATE deliveries SET reason = 'unknown' WHERE n = 1")
+        result = rolecast(*words, "/test", "e1", "--json")
+        assert result.exit_code == 0, result.output
+        assert "1 mail of unknown outcome stays held: settle it" in result.stderr
+    assert json.loads(result.stdout)["withdrawn"] >= 1
+    assert json.loads(result.stdout)["totals"]["held"] == 1
+
+
+def test_held_mail_is_withdrawn_with_its_event_though_the_event_is_done(rolecast, folder, directory):
+    written(folder / "event.json", INVOICE)
+    with SmtpServer() as server:
+        assert rolecast("publish", "--wait", "event.json", **sending(server, delivery="test")).exit_code == 6
+        assert accepted(rolecast)[0]["status"] == "done"
+        result = rolecast("events", "cancel", "/test", "e1")
+        assert result.stdout.endswith("cancelled: 1 mail withdrawn, 1 cancelled\n")
+        refused(rolecast("deliveries", "release", "/test", "e1"), 4, "cancelled")
+        assert rolecast("work", "--until-idle", **sending(server)).exit_code == 0
+        assert server.accepted == []
 
 
 def test_mail_that_was_settled_as_not_sent_can_be_tried_again(rolecast, folder, directory):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+
 import pytest
 
 from subscriptions.changes import Actor, PutContact, RemoveContact, apply
 from tests.house import ACME, GLOBEX, NOW, event, house, publish
-from worker import decisions, fanout, feeding, history, leases, ledger
+from worker import decisions, delivery, fanout, feeding, history, leases, ledger
 from worker.ledger import Lane, Status
 
 SHARED_ADA = {
@@ -228,6 +231,27 @@ def test_a_status_that_does_not_exist_is_refused_with_those_that_do(app):
     publish(app, event("invoice.issued"))
     with pytest.raises(ValueError, match="'sent' is no status of a delivery: there are planned"):
         asked(app, history.list_deliveries, "/test", "e1", status="sent")
+
+
+def test_a_reason_that_does_not_exist_is_refused_with_those_that_do(app):
+    publish(app, event("invoice.issued"))
+    with pytest.raises(ValueError, match="'nonsense' is no reason of a delivery: there are address_suppressed"):
+        asked(app, history.list_deliveries, "/test", "e1", reason="nonsense")
+
+
+def test_deliveries_can_be_listed_by_every_reason_that_is_written_to_one():
+    written = set(decisions.HELD_REASONS)
+    named = {"_settle": 2, "_again": 1, "_then": 1, "_put_off": 1}  # the place of the reason among the arguments
+    for node in ast.walk(ast.parse(inspect.getsource(delivery))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in named:
+            given = node.args[named[node.func.attr] :][:1]
+            written |= {one.value for one in given if isinstance(one, ast.Constant) and one.value}
+        elif (
+            isinstance(node, ast.Return) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        ):
+            written.add(node.value.value)  # why a mail is kept back, or a ground fell
+    assert {"unknown", "content_refused", "connection_lost", "domain_waits", "no_https", "contact_removed"} <= written
+    assert written <= set(history.REASONS)
 
 
 def settled(app, status, reason):

@@ -244,3 +244,62 @@ def test_an_event_that_could_not_be_planned_is_planned_again_or_withdrawn(databa
         assert not decisions.plan_again(connection, 3, by="cli:ada", now=NOW)
         states = list(connection.execute(select(events.c.status).order_by(events.c.id)).scalars())
     assert states == ["planning", "cancelled", "done"]
+
+
+def rows_of(database: Database) -> list[tuple[int, str | None]]:
+    with database.read() as connection:
+        query = select(deliveries.c.status, deliveries.c.reason).order_by(deliveries.c.n)
+        return [(row.status, row.reason) for row in connection.execute(query)]
+
+
+HELD = tuple((Status.HELD, reason, NOW) for reason in decisions.HELD_REASONS)
+
+
+def test_held_mail_that_may_have_gone_out_is_released_only_where_it_was_chosen(database: Database) -> None:
+    an_event(database, 1, *HELD)
+    with database.write() as connection:
+        assert decisions.release(connection, 1, numbers=None, now=NOW) == 4
+        assert decisions.uncertain(connection, 1) == {"restored": 1, "unknown": 1}
+        assert decisions.release(connection, 1, numbers=None, now=NOW) == 0
+        assert decisions.release(connection, 1, numbers=None, reason="unknown", now=NOW) == 1
+        [restored] = [n for n, reason in enumerate(decisions.HELD_REASONS, start=1) if reason == "restored"]
+        assert decisions.release(connection, 1, numbers=[restored], reason="unknown", now=NOW) == 0
+        assert decisions.release(connection, 1, numbers=[restored], now=NOW) == 1
+        assert ledger.totals(connection, 1) == {"planned": 6}
+
+
+def test_a_cancelled_event_keeps_only_the_held_mail_that_may_have_gone_out(database: Database) -> None:
+    an_event(database, 1, *HELD, (Status.ACCEPTED, None, NOW), GIVEN_UP)
+    with database.write() as connection:
+        assert decisions.withdraw(connection, 1, by="cli:ada", now=NOW + 5) == 4
+        assert decisions.cancel(connection, 1, owner=0, now=NOW + 6) == 0
+        assert ledger.totals(connection, 1) == {"cancelled": 4, "held": 2, "accepted": 1, "failed": 1}
+        event = connection.execute(select(events.c.status, events.c.cancelled_at)).one()
+    assert tuple(event) == ("cancelled", NOW + 5)
+    cancelled = (int(Status.CANCELLED), "event_cancelled")
+    assert rows_of(database) == [
+        *((int(Status.HELD), reason) if reason in matters.UNCERTAIN else cancelled for _, reason, _ in HELD),
+        (int(Status.ACCEPTED), None),
+        (int(Status.FAILED), "given_up"),
+    ]
+    assert set(standing_now(database)) == {"restored", "unknown", "given_up"}
+    with database.write() as connection:
+        assert decisions.settle(connection, 1, numbers=None, accepted=True, by="cli:ada", now=NOW + 7) == 2
+        assert ledger.totals(connection, 1) == {"cancelled": 4, "accepted": 3, "failed": 1}
+
+
+def test_an_event_under_way_is_cancelled_with_what_is_planned_and_what_is_held(database: Database) -> None:
+    an_event(database, 1, (Status.PLANNED, None, NOW), (Status.HELD, "team", NOW), UNKNOWN, status="sending")
+    with database.write() as connection:
+        assert decisions.cancel(connection, 1, owner=0, now=NOW) == 2
+        assert ledger.totals(connection, 1) == {"cancelled": 2, "held": 1}
+
+
+@pytest.mark.parametrize("standing_one", [UNKNOWN, GIVEN_UP, (Status.ACCEPTED, None, NOW)])
+def test_an_event_that_is_done_stays_so_where_nothing_can_be_withdrawn(
+    database: Database, standing_one: tuple[Status, str | None, int]
+) -> None:
+    an_event(database, 1, standing_one)
+    with database.write() as connection:
+        assert decisions.cancel(connection, 1, owner=0, now=NOW) == 0
+        assert connection.execute(select(events.c.status)).scalar_one() == "done"

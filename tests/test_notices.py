@@ -28,7 +28,8 @@ from worker.settings import Settings, load
 
 def settings(**given: str) -> Settings:
     values = {"relay_urls": "smtps://relay.example", "sender": "Vendor <support@vendor.example>"}
-    values |= {"operators": "ops@vendor.example, night@vendor.example"} | given
+    values |= {"operators": "ops@vendor.example, night@vendor.example"}
+    values |= {"public_url": "https://notify.vendor.example"} | given
     return load({f"ROLECAST_{name.upper()}": value for name, value in values.items() if value})
 
 
@@ -64,7 +65,10 @@ def test_a_notice_tells_everything_that_stands_in_one_mail(database: Database) -
     an_event(database, 2, GIVEN_UP)
     a_trouble(database, a_worker(database), "the relay mail.example:587 can't be used now (421 for ops@vendor.example)")
     notice = told(database)
-    assert notice.subject == "Rolecast, urgent: relay mail.example:587 is down, 3 mails are held, 1 mail failed"
+    assert (
+        notice.subject
+        == "Rolecast at notify.vendor.example, urgent: relay mail.example:587 is down, 3 mails are held, 1 mail failed"
+    )
     mail = mail_of(notice)
     assert mail["Subject"] == notice.subject
     assert (mail["From"], mail["To"]) == ("Rolecast <support@vendor.example>", "ops@vendor.example")
@@ -105,7 +109,7 @@ def test_an_end_is_told_and_an_age_is_not(database: Database) -> None:
     told(database)
     a_trouble(database, worker, None)
     ended = told(database, NOW + 11 * MINUTE)
-    assert ended.subject == "Rolecast: relay mail.example:587 is down no more"
+    assert ended.subject == "Rolecast at notify.vendor.example: relay mail.example:587 is down no more"
     assert "This was told before and still stands:\n\n- 1 mail failed" in ended.body
     assert prepared(database, NOW + 8 * DAY) is None
 
@@ -116,7 +120,7 @@ def test_the_last_end_gives_the_all_clear(database: Database) -> None:
     with database.write() as connection:
         decisions.settle(connection, 1, numbers=None, accepted=True, by="cli:ada", now=NOW)
     clear = told(database, NOW + 10 * MINUTE)
-    assert clear.subject == "Rolecast: all clear, 1 mail is held no more"
+    assert clear.subject == "Rolecast at notify.vendor.example: all clear, 1 mail is held no more"
     assert "All clear: nothing needs a person now." in clear.body
     assert prepared(database, NOW + 30 * MINUTE) is None
 
@@ -126,7 +130,7 @@ def test_an_unknown_outcome_is_told_once_more_after_a_day(database: Database) ->
     told(database)
     assert prepared(database, NOW + DAY) is None
     late = told(database, NOW + DAY + MINUTE)
-    assert late.subject == "Rolecast, urgent: 1 mail is held"
+    assert late.subject == "Rolecast at notify.vendor.example, urgent: 1 mail is held"
     assert "! 1 mail is held: the relay's answer was lost" in late.body
     assert prepared(database, NOW + 3 * DAY) is None
 
@@ -136,8 +140,15 @@ def test_refused_addresses_are_told_along_and_never_by_themselves(database: Data
     assert prepared(database) is None
     an_event(database, 2, UNKNOWN)
     notice = told(database)
-    assert notice.subject == "Rolecast: 1 mail is held"
+    assert notice.subject == "Rolecast at notify.vendor.example: 1 mail is held"
     assert "1 mail failed: the relay refused the address for good" in notice.body
+
+
+def test_a_notice_says_which_installation_it_is_about(sqlite_database: Database) -> None:
+    an_event(sqlite_database, 1, UNKNOWN)
+    notice = prepared(sqlite_database, given=settings(public_url="https://staging.vendor.example:8443/rolecast"))
+    assert notice is not None
+    assert mail_of(notice)["Subject"] == "Rolecast at staging.vendor.example:8443: 1 mail is held"
 
 
 # ---------------------------------------------------------------- one of many workers

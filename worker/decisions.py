@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal
 
-from sqlalchemy import ColumnElement, Connection, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, or_, select, update
 
 from subscriptions.directory import among
 from subscriptions.schema import audit
@@ -26,6 +26,11 @@ KEPT = 1_000
 #: Numbers of mails that a record names; the rest is counted.
 PERSON = 0
 #: Who owns the changes of counts that a person made.
+HELD_REASONS: Final = tuple(sorted(matters.HELD | {"test", "team"}))
+#: Every reason for which mail is held.
+
+_HELD: Final = deliveries.c.status == int(Status.HELD)
+_UNCERTAIN: Final = deliveries.c.reason.in_(sorted(matters.UNCERTAIN))
 
 Decision = Literal[
     "deliveries.settled", "deliveries.released", "deliveries.retried", "event.planned_again", "event.withdrawn"
@@ -40,11 +45,7 @@ def settle(
     `accepted`: the relay's log has them. Otherwise they failed and can be retried. Mails that are held for another
     reason, or not held, stay as they are. Returns how many were settled; `by` is who, such as `cli:ada`.
     """
-    chosen = (
-        (deliveries.c.event_id == event_id)
-        & (deliveries.c.status == int(Status.HELD))
-        & deliveries.c.reason.in_(matters.UNCERTAIN)
-    )
+    chosen = and_(deliveries.c.event_id == event_id, _HELD, _UNCERTAIN)
     if numbers is not None:
         chosen &= among(connection, deliveries.c.n, sorted(set(numbers)))
     status = Status.ACCEPTED if accepted else Status.FAILED
@@ -90,32 +91,64 @@ def withdraw(connection: Connection, event_id: int, *, by: str, now: int) -> int
 def cancel(connection: Connection, event_id: int, *, owner: int, now: int) -> int:
     """Withdraw what is not yet sent of an event; takes effect before the next flight. Returns how many deliveries.
 
-    What is in flight may go out all the same: its acceptance is recorded then (`ledger.settle`).
+    Held mail is withdrawn too, of an event that is done as well; but not what may have gone out (`uncertain`), which
+    is left to be settled. What is in flight may go out all the same: its acceptance is recorded then (`ledger.settle`).
     """
+    kept_back = and_(deliveries.c.event_id == event_id, _HELD, ~_UNCERTAIN)
+    under_way = events.c.status.in_(["accepted", "planning", "sending", "held"])
     connection.execute(
         update(events)
-        .where(events.c.id == event_id, events.c.status.in_(["accepted", "planning", "sending", "held"]))
+        .where(events.c.id == event_id, or_(under_way, and_(events.c.status == "done", exists().where(kept_back))))
         .values(status="cancelled", cancelled_at=now)
     )
     named = select(flights.c.members).join(slices, slices.c.id == flights.c.slice_id)
     rows = connection.execute(named.where(slices.c.event_id == event_id)).scalars()
     in_flight = {n for members in rows for n in json.loads(members)}
-    withdrawn = connection.execute(
-        update(deliveries)
-        .where(deliveries.c.event_id == event_id, deliveries.c.status == int(Status.PLANNED))
-        .where(~among(connection, deliveries.c.n, sorted(in_flight)))
-        .values(status=int(Status.CANCELLED), reason=ledger.CANCELLED, due_at=None, settled_at=now)
+    cancelled = update(deliveries).values(
+        status=int(Status.CANCELLED), reason=ledger.CANCELLED, due_at=None, settled_at=now
+    )
+    planned = connection.execute(
+        cancelled.where(deliveries.c.event_id == event_id, deliveries.c.status == int(Status.PLANNED)).where(
+            ~among(connection, deliveries.c.n, sorted(in_flight))
+        )
     ).rowcount
-    counts = {(event_id, Status.CANCELLED): withdrawn, (event_id, Status.PLANNED): -withdrawn}
+    held = connection.execute(cancelled.where(kept_back)).rowcount
+    withdrawn = planned + held
+    counts = {
+        (event_id, Status.CANCELLED): withdrawn,
+        (event_id, Status.PLANNED): -planned,
+        (event_id, Status.HELD): -held,
+    }
     ledger.add_tallies(connection, owner, counts)
     # The last: a flight that is being begun holds the guard, and then wants what stands above.
     ledger.raise_guard(connection)
     return withdrawn
 
 
-def release(connection: Connection, event_id: int, *, numbers: Sequence[int] | None, now: int) -> int:
-    """Let held deliveries of an event go now, all or those of these numbers; returns how many."""
-    return _owe_again(connection, event_id, deliveries.c.status == int(Status.HELD), numbers=numbers, now=now)
+def release(
+    connection: Connection, event_id: int, *, numbers: Sequence[int] | None, reason: str | None = None, now: int
+) -> int:
+    """Let held deliveries of an event go now, those of these numbers and this reason; returns how many.
+
+    What may have gone out already (`uncertain`) goes only where its numbers or its reason are given.
+    """
+    wanted = _HELD
+    if reason is not None:
+        wanted &= deliveries.c.reason == reason
+    elif numbers is None:
+        wanted &= ~_UNCERTAIN
+    return _owe_again(connection, event_id, wanted, numbers=numbers, now=now)
+
+
+def uncertain(connection: Connection, event_id: int) -> Mapping[str, int]:
+    """How many mails of an event are held of which nobody knows whether they went out, by reason."""
+    query = (
+        select(deliveries.c.reason, func.count().label("n"))
+        .where(deliveries.c.event_id == event_id, _HELD, _UNCERTAIN)
+        .group_by(deliveries.c.reason)
+        .order_by(deliveries.c.reason)
+    )
+    return {row.reason: row.n for row in connection.execute(query)}
 
 
 def retry(connection: Connection, event_id: int, *, numbers: Sequence[int] | None, now: int) -> int:

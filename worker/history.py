@@ -22,9 +22,9 @@ from subscriptions.addresses import BadAddress, normalise
 from subscriptions.database import Database
 from subscriptions.directory import ContactRow, among
 from subscriptions.schema import accounts, catalogue_versions, contacts, mailboxes
-from worker import facts
+from worker import facts, matters
 from worker.fanout import EventRow, event_row, unpack
-from worker.ledger import NEVER, Status
+from worker.ledger import CANCELLED, NEVER, Status
 from worker.mails import Shape, message_id, shape_of
 from worker.rendering import SIGNED
 from worker.schema import deliveries, event_accounts, events, flights, more_grounds, slices, tallies, verdict_shapes
@@ -32,6 +32,17 @@ from worker.schema import verdicts as verdict_rows
 
 STATUSES = (*(status.name.lower() for status in Status), "sending")
 #: Every status that a delivery can be listed by (design, "Words").
+REASONS = tuple(
+    sorted(
+        matters.HELD
+        | matters.FAILED
+        | matters.COUNTED
+        | {"test", "team"}  # held as somebody wanted it
+        | {"paused", "no_sender", "no_https", "domain_waits", "domain_rate", "connection_lost", "refused_for_now"}
+        | {CANCELLED, "opted_out", "address_suppressed", "contact_removed", "expired"}
+    )
+)
+#: Every reason that a delivery can be listed by: of held, failed, waiting, withdrawn and expired mail.
 
 
 def find_event(connection: Connection, reference: str, ce_id: str | None = None) -> EventRow | None:
@@ -89,7 +100,7 @@ def list_deliveries(
 ) -> list[dict[str, Any]]:
     """One page of an event's deliveries in the order of their numbers, each with its grounds.
 
-    `after` is the number of the last one of the page before; `status` one of `STATUSES`, `reason` why it stands so.
+    `after` is the number of the last one of the page before; `status` one of `STATUSES`, `reason` one of `REASONS`.
     Raises `ValueError`.
     """
     flying = _flying(connection, [event.id]).get(event.id, set())
@@ -104,7 +115,7 @@ def list_deliveries(
     if status is not None:
         query = query.where(_has_status(status, flying))
     if reason is not None:
-        query = query.where(deliveries.c.reason == reason)
+        query = query.where(_has_reason(reason))
     rows = connection.execute(query).all()
     further = _further_grounds(connection, event, [row.n for row in rows])
     named = _Named.read(
@@ -370,6 +381,13 @@ def _has_status(status: str, flying: set[int]) -> ColumnElement[bool]:
         return and_(deliveries.c.status == int(Status.PLANNED), deliveries.c.n.in_(sorted(flying)))
     wanted = deliveries.c.status == int(Status[status.upper()])
     return and_(wanted, deliveries.c.n.not_in(sorted(flying))) if status == "planned" else wanted
+
+
+def _has_reason(reason: str) -> ColumnElement[bool]:
+    if reason not in REASONS:
+        message = f"{reason!r} is no reason of a delivery: there are {', '.join(REASONS)}"
+        raise ValueError(message)
+    return deliveries.c.reason == reason
 
 
 def _state_of(row: Row[Any], flying: set[int]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def prepare(database: Database, settings: Settings, worker: int, *, now: int) ->
     ended = _ended(told, found)
     if not ended and not any(one.alone for one in news):
         return None
-    subject, body = _written(found, news, ended, told)
+    subject, body = _written(found, news, ended, told, host=settings.public_host)
     notice = Notice(last.id + 1 if last is not None else 1, now, subject, body, now + _CLAIM)
     with database.write() as connection:
         connection.execute(delete(troubles).where(troubles.c.seen_at < now - FORGOTTEN_SECONDS * 1_000_000))
@@ -149,8 +149,10 @@ def _ended(told: _Told, found: Iterable[Matter]) -> list[str]:
     return [brief for key, (_, _, brief) in told.items() if brief and key not in stand]
 
 
-def _written(found: Sequence[Matter], news: Sequence[Matter], ended: Sequence[str], told: _Told) -> tuple[str, str]:
-    """Subject and text."""
+def _written(
+    found: Sequence[Matter], news: Sequence[Matter], ended: Sequence[str], told: _Told, *, host: str
+) -> tuple[str, str]:
+    """Subject and text; `host` is which installation it is about."""
     still = [one.brief for one in found if one.alone and one not in news]
     body = (
         environment((shipped_templates(),), filters={})
@@ -166,7 +168,7 @@ def _written(found: Sequence[Matter], news: Sequence[Matter], ended: Sequence[st
     clear = "" if still else "all clear, "
     said = ", ".join(_briefly(news)) or clear + ", ".join(f"{one} no more" for one in ended)
     urgent = ", urgent" if any(one.urgent for one in news) else ""
-    return _header_text(f"Rolecast{urgent}: {said}"), body
+    return _header_text(f"Rolecast at {host}{urgent}: {said}"), body
 
 
 def _header_text(text: str) -> str:

@@ -143,7 +143,7 @@ class _Kind:
 
 
 _RETRY: Final = "`rolecast deliveries retry EVENT`"
-_RELEASE: Final = "`rolecast deliveries release EVENT`"
+_RELEASE: Final = "`rolecast deliveries release EVENT --reason {}`"
 _FAILED_LIST: Final = "`rolecast deliveries list EVENT --status failed` shows the relay's words"
 _KINDS: Final[Mapping[str, _Kind]] = {
     "unknown": _Kind(
@@ -157,15 +157,17 @@ _KINDS: Final[Mapping[str, _Kind]] = {
         "the database was restored, and they may have gone out after the backup",
         "look in the relay's log for the Message-IDs that `rolecast deliveries list EVENT --status held --reason "
         "restored` shows, then `rolecast deliveries settle EVENT --accepted` or `--failed` for those it tells of "
-        "(`-n N`), and `rolecast deliveries release EVENT` for the others",
+        "(`-n N`), and `rolecast deliveries release EVENT --reason restored` for the others",
     ),
     "sender_refused": _Kind(
-        Status.HELD, "the relay does not take our sender", f"correct the sender or the relay, then {_RELEASE}"
+        Status.HELD,
+        "the relay does not take our sender",
+        f"correct the sender or the relay, then {_RELEASE.format('sender_refused')}",
     ),
     "cannot_be_rendered": _Kind(
         Status.HELD,
         "the template could not be filled in",
-        f"mend the template, look at it with `rolecast templates check`, then {_RELEASE}",
+        f"mend the template, look at it with `rolecast templates check`, then {_RELEASE.format('cannot_be_rendered')}",
     ),
     "given_up": _Kind(Status.FAILED, "given up after many attempts", f"once the reason is gone, {_RETRY}"),
     "content_refused": _Kind(Status.FAILED, "the relay refused the content", f"{_FAILED_LIST}; then {_RETRY}"),

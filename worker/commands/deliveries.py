@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -48,6 +49,8 @@ def list_(
 
     if status is not None and status not in history.STATUSES:
         raise Stop(Exit.USAGE, f"{status!r} is no status of a delivery: there are {', '.join(history.STATUSES)}")
+    if reason is not None and reason not in history.REASONS:
+        raise Stop(Exit.USAGE, f"{reason!r} is no reason of a delivery: there are {', '.join(history.REASONS)}")
     with opened(ctx) as installation, installation.database.read() as connection:
         event = event_of(connection, words)
         found = history.list_deliveries(connection, event, after=after, limit=limit, status=status, reason=reason)
@@ -88,20 +91,36 @@ def retry(ctx: typer.Context, words: EventWords, number: Numbers = None, json: J
 
 
 @app.command("release")
-def release(ctx: typer.Context, words: EventWords, number: Numbers = None, json: Json = False) -> None:
-    """Send held mails of an event; only under ROLECAST_DELIVERY=live."""
+def release(
+    ctx: typer.Context,
+    *,
+    words: EventWords,
+    reason: Annotated[
+        str | None, typer.Option("--reason", metavar="REASON", help="Only those held with this one.")
+    ] = None,
+    number: Numbers = None,
+    json: Json = False,
+) -> None:
+    """Send held mails of an event; only under ROLECAST_DELIVERY=live.
+
+    Those of unknown outcome may have gone out: they are sent only where --number or --reason chooses them.
+    """
     from worker import decisions
 
+    if reason is not None and reason not in decisions.HELD_REASONS:
+        known = ", ".join(decisions.HELD_REASONS)
+        raise Stop(Exit.USAGE, f"{reason!r} is no reason of held mail: there are {known}")
     _decide(
         ctx,
         words,
         number,
-        decisions.release,
+        partial(decisions.release, reason=reason),
         what="deliveries.released",
         done="released",
-        nothing="no mail of it is held",
+        nothing=f"no mail of it is held with the reason {reason}" if reason else "no mail of it is held",
         json=json,
         sends=True,
+        reason=reason,
     )
 
 
@@ -130,6 +149,13 @@ def settle(
     _told(event.ulid, settled, number, done=done, nothing="no mail of it is held with unknown outcome", json=json)
 
 
+def stays_held(left: Mapping[str, int]) -> str:
+    """That mails of unknown outcome (reason -> how many) are left to a person, in words."""
+    count = sum(left.values())
+    stay, them = ("stays", "it") if count == 1 else ("stay", "them")
+    return f"{counted(count, 'mail')} of unknown outcome {stay} held: settle {them}"
+
+
 def _decide(
     ctx: typer.Context,
     words: list[str],
@@ -141,6 +167,7 @@ def _decide(
     nothing: str,
     json: bool,
     sends: bool = False,
+    reason: str | None = None,
 ) -> None:
     from worker import decisions
 
@@ -155,9 +182,16 @@ def _decide(
         now = installation.clock()
         changed = decide(connection, event.id, numbers=numbers, now=now)
         if changed:
-            decisions.record(
-                connection, what, event.id, by=f"cli:{user()}", now=now, numbers=numbers, deliveries=changed
-            )  # fmt: skip
+            chosen = {"numbers": numbers} | ({"reason": reason} if reason else {})
+            decisions.record(connection, what, event.id, by=f"cli:{user()}", now=now, **chosen, deliveries=changed)
+        left = decisions.uncertain(connection, event.id) if sends and numbers is None and reason is None else {}
+    if left:
+        them = "it" if sum(left.values()) == 1 else "them"
+        remedy = f"or release {them} with " + " or ".join(f"--reason {one}" for one in left)
+        sentence = f"{stays_held(left)}, {remedy}"
+        if not changed:
+            raise Stop(Exit.NOT_FOUND, sentence)
+        say(sentence)
     _told(event.ulid, changed, numbers, done=done, nothing=nothing, json=json)
 
 

@@ -22,6 +22,7 @@ from worker.commands.console import (
     shown,
     user,
 )
+from worker.commands.deliveries import stays_held
 from worker.commands.explain import reasons
 
 app = typer.Typer(help="What was published, and what became of it.", no_args_is_help=True)
@@ -74,15 +75,19 @@ def show(ctx: typer.Context, words: EventWords, json: Json = False) -> None:
 
 @app.command("cancel")
 def cancel(ctx: typer.Context, words: EventWords, json: Json = False) -> None:
-    """Withdraw what is not yet sent of an event, before the next flight."""
+    """Withdraw what is not yet sent of an event, before the next flight; held mail too, but of unknown outcome."""
     from worker import decisions, history
 
     with opened(ctx) as installation, installation.database.write() as connection:
         event = event_of(connection, words)
-        if event.status not in {"accepted", "planning", "sending", "held", "cancelled"}:
-            raise Stop(Exit.CONFLICT, f"event {event.ulid} is {event.status}: there is nothing left to cancel")
         withdrawn = decisions.withdraw(connection, event.id, by=f"cli:{user()}", now=installation.clock())
+        left = decisions.uncertain(connection, event.id)
+        if not withdrawn and event.status in {"done", "redirected"}:
+            message = f"event {event.ulid} is {event.status}: there is nothing left to cancel"
+            raise Stop(Exit.CONFLICT, message, *([stays_held(left)] if left else []))
         state = history.event_state(connection, event)
+    if left:
+        say(stays_held(left))
     if json:
         print_json({**state, "withdrawn": withdrawn})
     else:
