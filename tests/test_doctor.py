@@ -7,7 +7,7 @@ import pytest
 from tests.house import NOW, house
 from tests.smtpd import SmtpServer
 from tests.test_matters import an_event
-from worker import decisions, doctor, ledger
+from worker import decisions, doctor, ledger, restore
 from worker.ledger import Status
 from worker.settings import load
 
@@ -76,6 +76,18 @@ def test_looking_changes_nothing_in_the_database(tmp_path):
         assert examined(tmp_path)["database"].level == "ok"
         with app.database.read() as connection:
             assert ledger.guard(connection) == before
+
+
+def test_a_database_that_workers_refuse_as_older_is_a_finding_and_stays_as_it_is(tmp_path):
+    with house(tmp_path) as app:
+        restore.mark(app.database)
+    mark = tmp_path / "rolecast.db.mark"
+    mark.write_text(mark.read_text().replace(" 1", " 2"))
+    found = examined(tmp_path)
+    assert (found["database"].level, "`rolecast db restored`" in found["database"].message) == ("finding", True)
+    assert found["matters"].level == "ok", "the rest is looked at too"
+    assert examined(tmp_path)["database"].level == "finding"
+    assert mark.read_text().endswith(" 2\n")
 
 
 def test_what_needs_a_person_is_a_finding_and_what_is_told_along_a_note(tmp_path):

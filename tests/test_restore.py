@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,9 @@ from worker.app import App
 from worker.cli import app as commands
 from worker.ledger import Lane, Status
 from worker.schema import deliveries, events, flights, slices, workers
+
+EARLY = "2020-01-01T00:00:00Z"
+#: A time at which nothing had been accepted yet, as a slip of the time zone gives one.
 
 
 @pytest.fixture
@@ -117,7 +124,7 @@ def test_what_was_owed_at_the_backup_is_held_and_sent_only_when_released(tmp_pat
         assert (said.door, sum(json.loads(said.body)["held"].values())) == ("cli", 5)
 
         with app.database.write() as connection:
-            assert decisions.release(connection, 3, numbers=None, now=app.clock()) == 1
+            assert decisions.release(connection, 3, numbers=None, reason="restored", now=app.clock()) == 1
         run(app)
         in_flight = dict(rows(app, events.c.id, events.c.ulid))[3]
         copies = [mail for mail in server.accepted if f"X-Rolecast-Event: {in_flight}".encode() in mail.body]
@@ -147,14 +154,14 @@ def test_events_that_came_after_the_restore_are_left_alone(tmp_path: Path, serve
         publish(app, event("invoice.issued", id="before"))
         app.clock.ahead = -DAY
         publish(app, event("invoice.issued", id="long before"))
-    since = "2020-01-01T00:00:00Z"
-    assert json.loads(restored(tmp_path, "--yes", "--json", "--since", since).stdout)["deliveries"] == 0
+    answer = restored(tmp_path, "--yes", "--json", "--since", EARLY)
+    shown = json.loads(answer.stdout)
+    assert (shown["deliveries"], shown["left_alone"]) == (0, {"deliveries": 2, "events": 2})
+    assert f"2 mails of 2 events accepted after {EARLY} are left alone and will be SENT" in answer.stderr
+    assert "no mail was owed" not in answer.stderr
     with vendor(tmp_path, server) as app:
         middle = app.clock() - DAY // 2
-        held = restore.hold(
-            app.database, app.planner, since=middle, actor="cli:test", lease_seconds=30, clock=app.clock
-        )
-        assert [one.deliveries for one in held] == [1]
+        assert [one.deliveries for one in hold(app, since=middle)] == [1]
         assert (states(app, 1), states(app, 2)) == ({"planned": 1}, {"held": 1})
         run(app)
         assert len(server.accepted) == 1
@@ -200,8 +207,17 @@ def test_a_worker_cut_off_from_its_server_counts_as_living_until_its_lease_ends(
     assert rows(app, workers) == []
 
 
-def hold(app: App) -> list[restore.Held]:
-    return restore.hold(app.database, app.planner, since=None, actor="cli:test", lease_seconds=30, clock=app.clock)
+def hold(app: App, *, since: int | None = None) -> list[restore.Held]:
+    """What is held where nobody was asked about what is left alone."""
+    return restore.hold(
+        app.database,
+        app.planner,
+        since=since,
+        agree=lambda _later: False,
+        actor="cli:test",
+        lease_seconds=30,
+        clock=app.clock,
+    ).held
 
 
 def test_every_way_of_being_owed_is_held(database: Database, tmp_path: Path) -> None:
@@ -254,6 +270,86 @@ def test_a_database_older_than_its_work_is_refused_until_the_command_has_run(
     assert restored(tmp_path, "--yes").exit_code == 0
     with vendor(tmp_path, server) as app:
         restore.refuse_if_older(app.database)
+
+
+def older(folder: Path, server: SmtpServer) -> None:
+    """An older database: a mail waited for its planning at the backup, and went out after it."""
+    with vendor(folder, server) as app:
+        publish(app, event("invoice.issued", id="owed"))
+        copy = saved(app, folder)
+        run(app)
+        restore.mark(app.database)
+    put_back(copy, folder)
+
+
+def is_refused(folder: Path, server: SmtpServer) -> bool:
+    with vendor(folder, server) as app:
+        try:
+            restore.refuse_if_older(app.database)
+        except restore.OlderDatabase:
+            return True
+    return False
+
+
+def test_a_time_too_early_on_an_older_database_sends_nothing_again(tmp_path: Path, server: SmtpServer) -> None:
+    older(tmp_path, server)
+    answer = restored(tmp_path, "--yes", "--json", "--since", EARLY)
+    assert (answer.exit_code, answer.stdout) == (4, "")
+    assert f"1 mail of 1 event accepted after {EARLY} would be left alone and SENT" in answer.stderr
+    assert "--send-later-events" in answer.stderr
+    assert is_refused(tmp_path, server), "the workers still refuse it"
+    again = restored(tmp_path, "--yes", "--json")
+    assert (json.loads(again.stdout)["deliveries"], json.loads(again.stdout)["left_alone"]["deliveries"]) == (1, 0)
+    assert not is_refused(tmp_path, server)
+
+
+def test_whoever_says_that_later_events_were_not_sent_gets_them_sent(tmp_path: Path, server: SmtpServer) -> None:
+    older(tmp_path, server)
+    answer = restored(tmp_path, "--yes", "--since", EARLY, "--send-later-events")
+    assert answer.exit_code == 0, answer.output
+    assert f"1 mail of 1 event accepted after {EARLY} is left alone and will be SENT" in answer.stderr
+    assert not is_refused(tmp_path, server)
+    with vendor(tmp_path, server) as app:
+        assert states(app, 1) == {"planned": 1}
+
+
+@pytest.mark.parametrize(("typed", "code", "refused"), [(b"y\ny\n", 0, False), (b"y\nn\n", 1, True)])
+def test_at_a_terminal_it_is_asked_whether_later_mail_may_be_sent(
+    tmp_path: Path, server: SmtpServer, typed: bytes, code: int, refused: bool
+) -> None:
+    older(tmp_path, server)
+    process, screen = at_a_terminal(tmp_path, typed, "--since", EARLY)
+    assert process == code, screen
+    assert f"1 mail of 1 event accepted after {EARLY} is left alone and will be SENT. Is it certain" in screen
+    assert is_refused(tmp_path, server) is refused
+
+
+def at_a_terminal(folder: Path, typed: bytes, *words: str) -> tuple[int, str]:
+    """Run the command with somebody at its terminal: how it ended, and what stood on the screen."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {
+        "ROLECAST_DATABASE_URL": f"sqlite:///{folder / 'rolecast.db'}",
+        "ROLECAST_SENDER": "Vendor Support <support@vendor.example>",
+    }
+    command = [sys.executable, "-m", "worker.cli", "db", "restored", *words]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        os.write(ours, typed)
+        screen = b""
+        with suppress(OSError):  # the other end was closed
+            while part := os.read(ours, 4096):
+                screen += part
+    os.close(ours)
+    return process.returncode, screen.decode()
+
+
+def test_what_is_left_alone_without_being_asked_for_renews_no_mark(tmp_path: Path, server: SmtpServer) -> None:
+    with vendor(tmp_path, server) as app:
+        publish(app, event("invoice.issued"))
+    assert restored(tmp_path, "--yes", "--since", EARLY).exit_code == 0
+    assert not (tmp_path / "rolecast.db.mark").exists()
+    assert restored(tmp_path, "--yes").exit_code == 0
+    assert (tmp_path / "rolecast.db.mark").exists()
 
 
 def test_another_installation_in_the_same_place_is_not_taken_for_an_older_one(tmp_path: Path) -> None:

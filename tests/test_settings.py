@@ -169,6 +169,26 @@ WRONG: list[tuple[str, str, str]] = [
     ("database_url", "sqlite://rolecast.db", "give sqlite:///PATH"),
     ("broker_url", "amqp://x", "give memory:// or redis://"),
     ("broker_url", "memory://x", "give memory:// or redis://"),
+    ("database_url", "postgresql://127.0.0.1:abc/x", "with a port from 1 to 65535"),
+    ("database_url", "postgresql://127.0.0.1:99999/x", "with a port from 1 to 65535"),
+    ("database_url", "postgresql://[::1/x", "with a port from 1 to 65535"),
+    ("database_url", "postgres://db.test/x?foo=bar", "the option 'foo' is unknown"),
+    ("database_url", "postgresql://db.test/x?sslmode=require&sslmode=disable", "'sslmode' stands in it twice"),
+    ("database_url", "postgresql://db.test/x?connect_timeout=abc", "connect_timeout in it is a whole number"),
+    ("database_url", "postgresql://db.test/x?port=abc", "port in it is a whole number"),
+    *(
+        ("broker_url", f"redis://{rest}", "give memory:// or redis://HOST:PORT/NUMBER")
+        for rest in ("127.0.0.1:99999", "127.0.0.1:0", "h:abc", "[::1", "h/x", "h/0/1", "h/-1", "h/\u0663", "h/0#x")
+    ),
+    ("broker_url", "redis://h/0?foo=bar", "the option 'foo' is unknown: there are none without rediss://"),
+    ("broker_url", "redis://h?socket_timeout=abc", "the option 'socket_timeout' is unknown"),
+    ("broker_url", "redis://h?ssl=true", "the option 'ssl' is unknown"),
+    ("broker_url", "redis://h?retry=5", "the option 'retry' is unknown"),
+    ("broker_url", "redis://h?ssl_cert_reqs=none", "the option 'ssl_cert_reqs' is unknown"),
+    ("broker_url", "rediss://h?retry=5", "there are ssl_ca_certs, ssl_certfile, ssl_keyfile, ssl_cert_reqs, ssl_check"),
+    ("broker_url", "rediss://h?ssl_cert_reqs=maybe", "ssl_cert_reqs in it is one of required, optional, none"),
+    ("broker_url", "rediss://h?ssl_check_hostname=2", "ssl_check_hostname in it is one of true, false"),
+    ("broker_url", "rediss://h?ssl_ca_certs=/nowhere/ca.pem", "ssl_ca_certs in it names no file"),
     ("relay_urls", "relay.test:25", "give smtp://"),
     ("relay_urls", "http://relay.test", "give smtp://"),
     ("relay_urls", "smtp://", "give smtp://"),
@@ -189,6 +209,10 @@ WRONG: list[tuple[str, str, str]] = [
     ("relay_urls", "smtp://relay.test?warmup=14", "warmup stands without daily"),
     ("retry_minutes", "", "give whole minutes from 1 to 1440"),
     ("retry_minutes", "1,0", "give whole minutes from 1 to 1440"),
+    ("retry_minutes", "5,1", "the minutes fall from 5 to 1"),
+    ("retry_minutes", "1,\u0665", "give whole minutes from 1 to 1440"),
+    ("retry_minutes", "1,1_0", "give whole minutes from 1 to 1440"),
+    ("relay_urls", "smtp://relay.test?daily=10&daily=20", "the option 'daily' stands in it twice"),
     ("retry_minutes_security", "soon", "give whole minutes from 1 to 1440"),
     ("give_up_hours", "0", "give a whole number from 1 to 720"),
     ("give_up_hours_approval", "never", "give a whole number from 1 to 720"),
@@ -347,6 +371,36 @@ def test_no_secret_is_shown_by_an_error_or_a_listing(tmp_path: Path) -> None:
         assert canary not in refused({}, tmp_path, f"{name.removeprefix('ROLECAST_').lower()} = '{value}'")
         (tmp_path / "rolecast.toml").unlink()
     assert canary not in refused({"ROLECAST_RELAY_URLS": f"smtp://u:{canary}@relay.test?tls=none"}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE_URL", "postgresql://u:hush@db.test:abc/x"),
+        ("DATABASE_URL", "postgresql://u:hush@db.test/x?foo=bar"),
+        ("BROKER_URL", "redis://u:hush@h:abc"),
+        ("BROKER_URL", "redis://u:12?hush@h/0"),
+        ("RELAY_URLS", "smtp://u:12?hush@relay.test"),
+    ],
+)
+def test_a_password_in_a_url_that_cannot_be_read_is_not_shown(tmp_path: Path, name: str, value: str) -> None:
+    assert "hush" not in refused({f"ROLECAST_{name}": value}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("broker_url", "redis://"),
+        ("broker_url", "redis://u:p%2F@[::1]:6379/"),
+        ("broker_url", "unix:///run/redis.sock"),
+        ("broker_url", f"rediss://h:6380/1?ssl_ca_certs={__file__}&ssl_cert_reqs=required&ssl_check_hostname=false"),
+        ("database_url", "postgresql://u:p%40:/w@[::1]:5432/x?sslmode=require&application_name=a"),
+        ("database_url", "postgresql://u@/x?host=a.test:5432&host=b.test&connect_timeout=2"),
+        ("database_url", "postgresql:///x?host=/run/postgresql"),
+    ],
+)
+def test_a_url_that_its_driver_takes_is_taken(tmp_path: Path, name: str, value: str) -> None:
+    assert getattr(read({f"ROLECAST_{name.upper()}": value}, tmp_path), name) == value
 
 
 # ---------------------------------------------------------------- what follows from settings

@@ -107,7 +107,7 @@ def _database(settings: Settings) -> Iterator[Check]:
 
 
 def _opened_database(database: Database, settings: Settings) -> Iterator[Check]:
-    from worker import app, migrate
+    from worker import app, migrate, restore
 
     if database.path is not None:
         free = shutil.disk_usage(database.path.parent).free
@@ -123,7 +123,12 @@ def _opened_database(database: Database, settings: Settings) -> Iterator[Check]:
         yield Check("database", "finding", str(error))
         return
     _try_to_write(database)
-    yield Check("database", "ok", f"{database.dialect}, at the code's schema, writable")
+    try:
+        restore.refuse_if_older(database)
+    except restore.OlderDatabase as error:  # the workers refuse it; what else there is to tell is told too
+        yield Check("database", "finding", str(error))
+    else:
+        yield Check("database", "ok", f"{database.dialect}, at the code's schema, writable")
     yield from _pauses(database)
     yield from _matters(database, settings)
     try:
@@ -176,13 +181,13 @@ def _broker(settings: Settings) -> Iterator[Check]:
         return
     import redis
 
-    from worker.broker import redis_client
+    from worker.broker import ping
 
     place = settings.broker_url.rpartition("@")[2]
     try:
-        redis_client(settings.broker_url).ping()
+        ping(settings.broker_url)
     except (redis.RedisError, OSError, ValueError) as error:
-        message = f"the broker {place} does not answer ({error}): start it, or correct ROLECAST_BROKER_URL"
+        message = f"the broker {place} can't be used ({error}): start it, or correct ROLECAST_BROKER_URL"
         yield Check("broker", "finding", message)
     else:
         yield Check("broker", "ok", f"{place} answers")

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,14 @@ class OlderDatabase(DatabaseUnusable):
     """The database is older than the mails that were sent from it: the sentence names the command to run."""
 
 
+class LaterMailOwed(Exception):  # noqa: N818 - it reads as the sentence it is
+    """On a database older than its mails, owed mail would be left alone, and nobody agreed: nothing is held."""
+
+    def __init__(self, later: Later) -> None:
+        super().__init__(f"owed and not held: {later}")
+        self.later = later
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """How many mails of an event are held."""
@@ -56,12 +64,37 @@ class Held:
     deliveries: int
 
 
+@dataclass(frozen=True, slots=True)
+class Later:
+    """What is owed for events accepted after the backup, so they say: it is left alone, and sent."""
+
+    deliveries: int = 0
+    events: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was held, and what was left alone."""
+
+    held: list[Held]
+    later: Later
+
+
 def hold(
-    database: Database, planner: Planner, *, since: int | None, actor: str, lease_seconds: int, clock: Clock
-) -> list[Held]:
+    database: Database,
+    planner: Planner,
+    *,
+    since: int | None,
+    agree: Callable[[Later], bool],
+    actor: str,
+    lease_seconds: int,
+    clock: Clock,
+) -> Outcome:
     """Hold what was owed when the backup was made; running it again changes nothing more.
 
-    Events accepted after `since` (microseconds) came after the restore and are left alone. Raises `StillWorking`.
+    Events accepted after `since` (microseconds) came after the restore and are left alone. Where mail is owed for them,
+    `agree` says whether a person wants it sent. Without that the database stays marked as older, if it is.
+    Raises `StillWorking`, `LaterMailOwed`, and what `agree` raises to hold nothing.
     """
     lock = WorkLock(database)
     if not lock.take():
@@ -74,13 +107,27 @@ def hold(
             _refuse_living(database, connection, lease_seconds=lease_seconds, now=clock())
             _forget_workers(connection, now=clock())
         _plan(database, planner, clock=clock)
+        with database.read() as connection:
+            later = _later(connection, since=since)
+        agreed = later.deliveries == 0 or agree(later)
+        if not agreed:
+            _refuse_to_send(database, later)
         with database.write() as connection:
             held = _hold(connection, since=since, now=clock())
-            _record(connection, held, since=since, actor=actor, now=clock())
-        mark(database)
+            _record(connection, held, later, since=since, actor=actor, now=clock())
+        if agreed:
+            mark(database)
     finally:
         lock.free()
-    return held
+    return Outcome(held, later)
+
+
+def _refuse_to_send(database: Database, later: Later) -> None:
+    """Raises `LaterMailOwed` where the database is known to be older than its mails: they would go out twice."""
+    try:
+        refuse_if_older(database)
+    except OlderDatabase as error:
+        raise LaterMailOwed(later) from error
 
 
 def _refuse_living(database: Database, connection: Connection, *, lease_seconds: int, now: int) -> None:
@@ -132,6 +179,18 @@ def _plan(database: Database, planner: Planner, *, clock: Clock) -> None:
             leases.leave(connection, number)
 
 
+def _later(connection: Connection, *, since: int | None) -> Later:
+    """What is owed and is not held, because its event was accepted after `since`."""
+    if since is None:
+        return Later()
+    owed = (deliveries.c.status == int(Status.PLANNED)) & (events.c.accepted_at > since)
+    counts = select(func.count(), func.count(deliveries.c.event_id.distinct()))
+    mails, concerned = connection.execute(
+        counts.select_from(deliveries.join(events, events.c.id == deliveries.c.event_id)).where(owed)
+    ).one()
+    return Later(mails, concerned)
+
+
 def _hold(connection: Connection, *, since: int | None, now: int) -> list[Held]:
     unfinished = select(slices.c.event_id).where(slices.c.done_at.is_(None))
     chosen = select(events.c.id).where(
@@ -168,8 +227,9 @@ def _hold(connection: Connection, *, since: int | None, now: int) -> list[Held]:
     return [Held(row.ulid, counts[row.id]) for row in rows]
 
 
-def _record(connection: Connection, held: list[Held], *, since: int | None, actor: str, now: int) -> None:
-    body = {"since": since, "held": {one.event: one.deliveries for one in held}}
+def _record(connection: Connection, held: list[Held], later: Later, *, since: int | None, actor: str, now: int) -> None:
+    counts = {one.event: one.deliveries for one in held}
+    body = {"since": since, "held": counts, "left_alone": {"deliveries": later.deliveries, "events": later.events}}
     connection.execute(
         insert(audit).values(at=now, actor=actor, door="cli", account_id=None, kind=REASON, body=json.dumps(body))
     )

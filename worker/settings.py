@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import itertools
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from email.utils import parseaddr
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from subscriptions.addresses import BadAddress, as_written, normalise
 
@@ -324,12 +325,18 @@ def _whole(low: int, high: int) -> Callable[[Any], int]:
             number = int(value)
         except (TypeError, ValueError):
             number = low - 1
+        if isinstance(value, str) and not _digits(value.strip()):  # int() also takes 1_0 and the digits of all scripts
+            number = low - 1
         if isinstance(value, bool | float) or not low <= number <= high:
             message = f"give a whole number from {low} to {high}"
             raise ValueError(message)
         return number
 
     return parse
+
+
+def _digits(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def _one_of(*choices: str) -> Callable[[Any], str]:
@@ -449,15 +456,95 @@ def _database_url(value: Any) -> Secret:
     if not text.startswith(("sqlite:///", "postgresql://", "postgres://")):
         message = "give sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME"
         raise ValueError(message)
+    if not text.startswith("sqlite:"):
+        _check_postgresql(text)
     return Secret(text)
+
+
+def _check_postgresql(text: str) -> None:
+    """Refuse what libpq would not take: a wrong port, and options it does not know (if the driver is installed)."""
+    from sqlalchemy.engine import URL, make_url  # it splits the URL in the end; with SQLite nothing here needs it
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parts: URL | None = make_url(text)
+    except (ArgumentError, ValueError):
+        parts = None
+    if parts is None or not (parts.port is None or 0 < parts.port < 65536):
+        message = "give postgresql://USER:PASSWORD@HOST:PORT/NAME, with a port from 1 to 65535"
+        raise ValueError(message)
+    options = _options(text.partition("?")[2], several=("host",))
+    known = _libpq_options()
+    if known is not None:
+        _refuse_unknown(options, known, text.partition("?")[2], there_are="the connection parameters of libpq")
+    for name in ("port", "connect_timeout"):
+        if not _digits(options.get(name, "1")):
+            message = f"{name} in it is a whole number"
+            raise ValueError(message)
+
+
+def _libpq_options() -> frozenset[str] | None:
+    """The names that libpq knows; None where the driver is not installed, which opening the database tells."""
+    try:
+        from psycopg import pq
+    except ImportError:
+        return None
+    return frozenset(option.keyword.decode() for option in pq.Conninfo.get_defaults())
 
 
 def _broker_url(value: Any) -> Secret:
     text = _text(value)
-    if text != "memory://" and not text.startswith(("redis://", "rediss://", "unix://")):
+    parts = _split(text)
+    if text != "memory://" and (
+        parts is None
+        or parts.scheme not in {"redis", "rediss", "unix"}
+        or parts.fragment
+        or not (parts.scheme == "unix" or _digits(parts.path.removeprefix("/") or "0"))
+    ):
         message = "give memory:// or redis://HOST:PORT/NUMBER"
         raise ValueError(message)
+    if parts is not None:
+        _check_broker_options(parts)
     return Secret(text)
+
+
+def _check_broker_options(parts: SplitResult) -> None:
+    """Only the files and checks of TLS may be chosen: time-outs and retries are the broker's promises."""
+    files = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+    choices = {"ssl_cert_reqs": ("required", "optional", "none"), "ssl_check_hostname": ("true", "false")}
+    known = (*files, *choices) if parts.scheme == "rediss" else ()
+    options = _options(parts.query)
+    _refuse_unknown(options, known, parts.query, there_are=", ".join(known) if known else "none without rediss://")
+    for name, given in options.items():
+        if name in files and not Path(given).is_file():
+            message = f"{name} in it names no file: give one that exists"
+            raise ValueError(message)
+        if name in choices and given not in choices[name]:
+            message = f"{name} in it is one of {', '.join(choices[name])}"
+            raise ValueError(message)
+
+
+def _options(query: str, *, several: Sequence[str] = ()) -> dict[str, str]:
+    """What stands behind the `?` of a URL, each once but for `several`. Raises `ValueError`."""
+    options: dict[str, str] = {}
+    for name, given in parse_qsl(query, keep_blank_values=True):
+        if name in options and name not in several:
+            message = f"{_option(name, query)} stands in it twice: keep one of them"
+            raise ValueError(message)
+        options[name] = given
+    return options
+
+
+def _refuse_unknown(options: Mapping[str, str], known: Collection[str], query: str, *, there_are: str) -> None:
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        message = f"{_option(unknown[0], query)} is unknown: there are {there_are}"
+        raise ValueError(message)
+
+
+def _option(name: str, query: str) -> str:
+    """An option as an error names it; a `?` in a password makes its rest look like one, and an `@` follows."""
+    return f"the option {name!r}" if "@" not in query else "an option (a ? in a password is written %3F)"
 
 
 def _secret_keys(value: Any) -> tuple[Secret, ...]:
@@ -493,6 +580,10 @@ def _retry_minutes(value: Any) -> tuple[int, ...]:
     if not minutes:
         message = "give whole minutes from 1 to 1440, separated by commas, such as 1,5,15,30,60"
         raise ValueError(message)
+    for before, after in itertools.pairwise(minutes):
+        if after < before:
+            message = f"the minutes fall from {before} to {after}: give them in rising order, such as 1,5,15,30,60"
+            raise ValueError(message)
     return minutes
 
 
@@ -554,11 +645,9 @@ def _relay(text: str) -> RelaySettings:
 
 
 def _relay_options(parts: SplitResult) -> dict[str, str]:
-    options = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
-    unknown = sorted(set(options) - {"tls", "connections", "rate", "daily", "warmup"})
-    if unknown:
-        message = f"the option {unknown[0]!r} is unknown: there are tls, connections, rate, daily and warmup"
-        raise ValueError(message)
+    options = _options(parts.query)
+    known = ("tls", "connections", "rate", "daily", "warmup")
+    _refuse_unknown(options, known, parts.query, there_are="tls, connections, rate, daily and warmup")
     return options
 
 

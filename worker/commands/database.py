@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +21,9 @@ from worker.commands.console import (
     settings_of,
     user,
 )
+
+if TYPE_CHECKING:  # it imports SQLAlchemy, which no --help waits for
+    from worker.restore import Later
 
 app = typer.Typer(help="The database: its schema, and a restored backup.", no_args_is_help=True)
 
@@ -81,12 +85,15 @@ def restored(
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    send_later_events: Annotated[
+        bool, typer.Option("--send-later-events", help="Events accepted after TIME are owed mail: it may be sent.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """After a restore, before workers start: hold every mail that may have gone out since the backup.
 
-    `rolecast deliveries release EVENT` sends held mail once somebody looked. Events accepted after the backup are gone:
-    publishers may publish them again.
+    `rolecast deliveries release EVENT --reason restored` sends it once somebody looked. Events accepted after the
+    backup are gone: publishers may publish them again.
     """
     from worker import restore
 
@@ -95,25 +102,60 @@ def restored(
         if not yes:
             _confirm()
         try:
-            held = restore.hold(
+            outcome = restore.hold(
                 installation.database,
                 installation.planner,
                 since=moment,
+                agree=_agreement(since, yes=yes, given=send_later_events),
                 actor=f"cli:{user()}",
                 lease_seconds=installation.settings.lease_seconds,
                 clock=installation.clock,
             )
         except restore.StillWorking as error:
             raise Stop(Exit.CONFLICT, str(error)) from error
+        except restore.LaterMailOwed as error:
+            message = (
+                f"nothing is held: {_named(error.later, since)} would be left alone and SENT, though the database is "
+                "older than the mails that were sent from it: correct the time and its zone, leave --since out, or add "
+                "--send-later-events if none of that has gone out"
+            )
+            raise Stop(Exit.CONFLICT, message) from error
+    held, later = outcome.held, outcome.later
     mails = sum(one.deliveries for one in held)
     if json:
         shown = [{"event": one.event, "deliveries": one.deliveries} for one in held]
-        print_json({"since": since, "deliveries": mails, "events": shown})
+        left = {"deliveries": later.deliveries, "events": later.events}
+        print_json({"since": since, "deliveries": mails, "events": shown, "left_alone": left})
     elif held:
         print_table(("EVENT", "HELD"), [(one.event, f"{one.deliveries:,}") for one in held])
     uncertain = f"{counted(mails, 'mail')} of {counted(len(held), 'event')}; nobody knows which went out"
-    say(f"held as `restored`: {uncertain}" if held else "no mail was owed: nothing is held")
+    none = "nothing is held" if later.deliveries else "no mail was owed: nothing is held"
+    say(f"held as `restored`: {uncertain}" if held else none)
+    if later.deliveries:
+        say(_left_alone(later, since))
     say("what was accepted, opted out or suppressed after the backup is not in this database")
+
+
+def _agreement(since: str | None, *, yes: bool, given: bool) -> Callable[[Later], bool]:
+    """Whether mail that is left alone may be sent: said by the option, or at the terminal."""
+
+    def agree(later: Later) -> bool:
+        if given or yes:
+            return given
+        if not typer.confirm(f"{_left_alone(later, since)}. Is it certain that none of it went out before?", err=True):
+            raise Stop(Exit.FAILED, "nothing is held: correct the time and its zone, or leave --since out")
+        return True
+
+    return agree
+
+
+def _left_alone(later: Later, since: str | None) -> str:
+    verb = "is" if later.deliveries == 1 else "are"
+    return f"{_named(later, since)} {verb} left alone and will be SENT"
+
+
+def _named(later: Later, since: str | None) -> str:
+    return f"{counted(later.deliveries, 'mail')} of {counted(later.events, 'event')} accepted after {since}"
 
 
 def _confirm() -> None:
