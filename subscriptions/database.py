@@ -227,7 +227,7 @@ def _sqlite_engine(url: str) -> Engine:
     @event.listens_for(engine, "connect")
     def _prepare(raw: sqlite3.Connection, _record: Any) -> None:
         if not read_only:
-            raw.execute("PRAGMA journal_mode=WAL")
+            _write_ahead(raw)
         if "max_page_count" in options:
             raw.execute(f"PRAGMA max_page_count={int(options['max_page_count'])}")
         # FULL: a commit survives the loss of power, not only of the process (reliability.md 1.2).
@@ -242,6 +242,23 @@ def _sqlite_engine(url: str) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
+
+
+def _write_ahead(raw: sqlite3.Connection) -> None:
+    """Keep the file's changes in a log of their own: readers and the writer don't wait for each other.
+
+    Several processes may open a new file at once, and SQLite does not wait at this statement as it does at others.
+    """
+    ends = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            raw.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > ends:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 def _postgresql_engine(url: str, stall_seconds: int) -> Engine:

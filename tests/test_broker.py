@@ -18,8 +18,11 @@ from dramatiq.errors import ConnectionClosed
 from fakeredis import FakeRedis, FakeServer
 
 from worker import actors
-from worker.broker import QUEUES, Loop, enqueue, make_broker
+from worker.broker import MANY, QUEUES, HardenedRedisBroker, Loop, enqueue, make_broker, standing
 from worker.ledger import Lane
+
+FAILS = 13_000
+"""A slice whose delivery fails."""
 
 
 class Deliveries:
@@ -40,7 +43,7 @@ class Deliveries:
         with self._changed:
             self.numbers.append(slice_id)
             self._changed.notify_all()
-        if slice_id < 0:
+        if slice_id == FAILS:
             message = "a slice that fails"
             raise LookupError(message)
 
@@ -95,11 +98,11 @@ def test_a_queued_slice_reaches_the_actor_whatever_its_lane(broker: Broker, deli
 
 
 def test_slices_are_queued_all_at_once_and_each_arrives_once(broker: Broker, deliveries: Deliveries) -> None:
-    enqueue(broker, Lane.BULK, range(100))
+    enqueue(broker, Lane.BULK, range(1, 101))
     with working(broker):
         deliveries.wait_for(100)
         broker.join("bulk", timeout=5_000)
-        assert sorted(deliveries.numbers) == list(range(100))
+        assert sorted(deliveries.numbers) == list(range(1, 101))
 
 
 def test_nothing_is_queued_where_there_is_nothing_to_queue(broker: Broker, deliveries: Deliveries) -> None:
@@ -137,11 +140,11 @@ def test_a_worker_whose_relay_can_not_be_opened_does_not_start() -> None:
 
 def test_a_slice_that_fails_is_not_tried_again_by_the_queue(broker: Broker, deliveries: Deliveries) -> None:
     with working(broker):
-        enqueue(broker, Lane.BULK, [-1])
+        enqueue(broker, Lane.BULK, [FAILS])
         enqueue(broker, Lane.BULK, [7])
         deliveries.wait_for(2)
         time.sleep(0.1)
-        assert sorted(deliveries.numbers) == [-1, 7]
+        assert sorted(deliveries.numbers) == [7, FAILS]
 
 
 def test_a_message_carries_a_number_and_nothing_else(server: FakeServer, deliveries: Deliveries) -> None:
@@ -222,6 +225,11 @@ def hostile() -> list[bytes]:
         json.dumps({**good, "args": []}).encode(),
         json.dumps({**good, "args": [1, 2, 3]}).encode(),
         json.dumps({**good, "kwargs": {"x": 1}}).encode(),
+        *(json.dumps({**good, "args": [what]}).encode() for what in (True, 1.5, "1", -1, 10**40, None, float("inf"))),
+        json.dumps({**good, "queue_name": "nosuch"}).encode(),
+        json.dumps({**good, "queue_name": "urgent"}).encode(),
+        json.dumps({**good, "options": {"eta": 10**15}}).encode(),
+        b"[" * 100_000,
     ]
 
 
@@ -242,6 +250,47 @@ def test_hostile_messages_in_redis_stop_nothing_and_deliver_nothing(
         assert all(consumer.is_alive() for consumer in worker.consumers.values())
         assert all(thread.is_alive() for thread in worker.workers)
     assert sorted(deliveries.numbers) == [5, 6]
+
+
+def test_what_strangers_put_into_the_queue_is_not_taken_for_a_slice_that_stands_there(
+    server: FakeServer, deliveries: Deliveries
+) -> None:
+    broker = made("redis", server, deliveries)
+    client = FakeRedis(server=server)
+    for number, body in enumerate(hostile()):
+        client.hset("rolecast:normal.msgs", str(number), body)
+    enqueue(broker, Lane.NORMAL, [77])
+    assert 77 in standing(broker, Lane.NORMAL)
+    broker.close()
+
+
+@pytest.mark.parametrize("where", ["list", "hash"])
+def test_a_queue_that_strangers_filled_is_emptied(where: str, server: FakeServer, deliveries: Deliveries) -> None:
+    broker = made("redis", server, deliveries)
+    client = FakeRedis(server=server)
+    if where == "list":
+        client.rpush("rolecast:normal", *range(MANY + 1))
+    else:
+        client.hset("rolecast:normal.msgs", mapping={str(number): "x" for number in range(MANY + 1)})
+    enqueue(broker, Lane.NORMAL, [77])
+    assert standing(broker, Lane.NORMAL) == set(), "so that everything that waits is queued again"
+    enqueue(broker, Lane.NORMAL, [77])
+    assert standing(broker, Lane.NORMAL) == {77}
+    broker.close()
+
+
+def test_a_queue_that_gives_no_messages_is_a_problem_until_it_does(server: FakeServer, deliveries: Deliveries) -> None:
+    broker = made("redis", server, deliveries)
+    assert isinstance(broker, HardenedRedisBroker)
+    consumer = broker.consume("bulk", prefetch=10, timeout=10)
+    server.connected = False
+    with pytest.raises(ConnectionClosed):
+        next(consumer)
+    assert "bulk" in broker.problems
+    server.connected = True
+    next(consumer)
+    assert broker.problems == {}
+    broker.close()
 
 
 def test_each_lane_has_a_queue_of_its_own(broker: Broker) -> None:

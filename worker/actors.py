@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable
 import dramatiq
 from dramatiq.broker import Broker
 
+from worker.broker import ACTOR
+
 
 def declare(broker: Broker, deliver: Callable[[int], Awaitable[None]]) -> None:
     """Let the workers of `broker` deliver slices."""
@@ -14,5 +16,5 @@ def declare(broker: Broker, deliver: Callable[[int], Awaitable[None]]) -> None:
     async def deliver_slice(slice_id: int) -> None:
         await deliver(slice_id)
 
-    declared = dramatiq.actor(actor_name="deliver", queue_name="bulk", broker=broker)
+    declared = dramatiq.actor(actor_name=ACTOR, queue_name="bulk", broker=broker)
     declared(deliver_slice)

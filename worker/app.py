@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -358,7 +358,7 @@ class Engine:
 
     def idle(self, event_ids: list[int] | None = None) -> bool:
         """Whether nothing (of these events) is due now; see `is_idle`."""
-        return is_idle(self.app, event_ids)
+        return is_idle(self.app, event_ids, lanes=self.lanes)
 
     def until_idle(
         self,
@@ -409,8 +409,8 @@ class Engine:
             logger.info("worker.stopped", worker=self.number)
 
 
-def is_idle(app: App, event_ids: list[int] | None = None) -> bool:
-    """Whether nothing (of these events) is due now; without a worker that has a relay no mail is due.
+def is_idle(app: App, event_ids: list[int] | None = None, *, lanes: Collection[Lane] = tuple(Lane)) -> bool:
+    """Whether nothing (of these events, in these lanes) is due now; without a worker that has a relay no mail is due.
 
     While the database is away nobody knows: it is not idle.
     """
@@ -418,7 +418,7 @@ def is_idle(app: App, event_ids: list[int] | None = None) -> bool:
         with app.database.read() as connection:
             if not leases.someone_sends(connection):
                 return not feeding.waits_for_plan(connection, now=app.clock())
-            return not feeding.due_now(connection, now=app.clock(), event_ids=event_ids)
+            return not feeding.due_now(connection, now=app.clock(), event_ids=event_ids, lanes=lanes)
     except DatabaseUnusable as error:
         logger.warning("database.unusable", why=str(error), tried_again_in_seconds=1)
         time.sleep(1.0)

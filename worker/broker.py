@@ -24,8 +24,13 @@ from dramatiq.middleware.middleware import MiddlewareError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from worker import logs
 from worker.ledger import Lane
 
+logger = logs.get(__name__)
+
+ACTOR = "deliver"
+#: The only one there is.
 QUEUES = {Lane.URGENT: "urgent", Lane.NORMAL: "normal", Lane.BULK: "bulk"}
 MAINTENANCE_CHANCE = 50_000
 #: Per million commands: dramatiq looks after dead workers' messages that often (its default is far too seldom).
@@ -64,10 +69,25 @@ class Loop(AsyncIO):
 
 
 class _Consumer(_RedisConsumer):
-    """Every error of Redis becomes a closed connection, which dramatiq's worker threads survive (queue.md, 9)."""
+    """Every error of Redis becomes a closed connection, which dramatiq's worker threads survive (queue.md, 9).
+
+    What stands in the queue and is not ours is dropped: anybody who reaches the server can put anything there.
+    """
 
     def __next__(self) -> Any:
-        return self._safely(super().__next__)
+        problems = self.broker.problems
+        try:
+            message = self._safely(super().__next__)
+        except ConnectionClosed as error:
+            problems[self.queue_name] = str(error.__cause__ or error)
+            raise
+        problems.pop(self.queue_name, None)
+        if message is None or _is_ours(message, self.queue_name):
+            return message
+        logger.warning("queue.foreign", queue=self.queue_name, actor=str(message.actor_name)[:80])
+        with suppress(KeyError, TypeError):  # it may name no number that could be taken off
+            self.ack(message)
+        return None
 
     def ack(self, message: Any) -> None:
         """Take a message off the queue for good; one that stays there costs a claim that fails."""
@@ -92,8 +112,26 @@ class _Consumer(_RedisConsumer):
             raise ConnectionClosed(error) from error  # type: ignore[no-untyped-call]  # dramatiq has no types here
 
 
+def _is_ours(message: Any, queue_name: str) -> bool:
+    """Whether a message is what `enqueue` writes: a slice by its number."""
+    number = message.args[0] if len(message.args) == 1 else None
+    return (
+        message.queue_name == queue_name
+        and message.actor_name == ACTOR
+        and not message.kwargs
+        and "eta" not in message.options
+        and type(number) is int
+        and 0 < number < 2**63
+    )
+
+
 class HardenedRedisBroker(RedisBroker):
     """RedisBroker with the hardened consumer."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)  # type: ignore[no-untyped-call]  # dramatiq has no types here
+        self.problems: dict[str, str] = {}
+        """Why messages can't be taken now, by queue; empty where they can."""
 
     prefetch: Mapping[str, int] = {}
     """How many messages of a queue this process takes at once, by queue."""
@@ -114,7 +152,7 @@ def make_broker(url: str, middleware: Sequence[Middleware], *, client: Any = Non
     if url == "memory://":
         broker: Broker = StubBroker(middleware=parts)
     else:
-        broker = HardenedRedisBroker(  # type: ignore[no-untyped-call]  # dramatiq has no types here
+        broker = HardenedRedisBroker(
             client=client or redis_client(url),
             middleware=parts,
             maintenance_chance=MAINTENANCE_CHANCE,
@@ -138,11 +176,16 @@ def redis_client(url: str) -> Any:
 
 
 def ping(url: str) -> None:
-    """Ask the server of `redis://...` whether it is there. Raises `redis.RedisError`; `memory://` always is."""
+    """Ask the server of `redis://...` whether it is there, runs scripts and takes writes; `memory://` always does.
+
+    Raises `redis.RedisError`.
+    """
     if url != "memory://":
         client = redis_client(url)
         try:
             client.ping()
+            client.eval("return 1", 0)  # dramatiq works by scripts
+            client.set("rolecast:probe", "1", px=1)
         finally:
             client.close()
 
@@ -155,14 +198,20 @@ def standing(broker: Broker, lane: Lane) -> set[int]:
     """The slices whose messages the server knows, waiting or in work. Raises `redis.RedisError`."""
     assert isinstance(broker, RedisBroker)
     queue = f"{broker.namespace}:{QUEUES[lane]}"
-    if broker.client.hlen(f"{queue}.msgs") > MANY:
+    if broker.client.hlen(f"{queue}.msgs") > MANY or broker.client.llen(queue) > MANY:
         broker.client.delete(queue, f"{queue}.msgs")
         return set()
     found: set[int] = set()
     for payload in broker.client.hvals(f"{queue}.msgs"):
         try:
             found.add(int(json.loads(payload)["args"][0]))
-        except (ValueError, LookupError, TypeError):  # somebody else's: nobody waits for it
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            OverflowError,
+            RecursionError,
+        ):  # somebody else's: nobody waits for it
             continue
     return found
 
@@ -170,7 +219,7 @@ def standing(broker: Broker, lane: Lane) -> set[int]:
 def enqueue(broker: Broker, lane: Lane, slice_ids: Sequence[int]) -> None:
     """Put slices into the queue of a lane, on Redis all in one round trip. Raises `redis.RedisError`."""
     messages: list[dramatiq.Message[None]] = [
-        dramatiq.Message(queue_name=QUEUES[lane], actor_name="deliver", args=(slice_id,), kwargs={}, options={})
+        dramatiq.Message(queue_name=QUEUES[lane], actor_name=ACTOR, args=(slice_id,), kwargs={}, options={})
         for slice_id in slice_ids
     ]
     if not isinstance(broker, RedisBroker):

@@ -7,7 +7,7 @@ looked at here, so that what is paused stands in no queue.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, func, insert, or_, select, true, update
@@ -185,8 +185,18 @@ def end_events(connection: Connection, numbers: Sequence[int]) -> None:
     )
 
 
-def due_now(connection: Connection, *, now: int, event_ids: Sequence[int] | None = None) -> bool:
-    """Whether anything is owed that could be done now: planning, slices, retries; paused work is not."""
+REST_MICROSECONDS = 1_500_000
+#: A slice that rests no longer than this waits for a relay's rate, or for the database: it counts as due.
+
+
+def due_now(
+    connection: Connection, *, now: int, event_ids: Sequence[int] | None = None, lanes: Collection[Lane] = tuple(Lane)
+) -> bool:
+    """Whether anything is owed that could be done now: planning, slices, retries; paused work is not.
+
+    Of these events, and in these lanes; every worker plans for all lanes.
+    """
+    served = [int(lane) for lane in lanes]
     planning = select(events.c.id).where(
         or_(events.c.status == "planning", events.c.status == "accepted"),
         or_(events.c.not_before.is_(None), events.c.not_before <= now),
@@ -194,10 +204,14 @@ def due_now(connection: Connection, *, now: int, event_ids: Sequence[int] | None
     sending = (
         select(slices.c.id)
         .join(events, events.c.id == slices.c.event_id)
-        .where(slices.c.done_at.is_(None), slices.c.due_at <= now)
+        .where(slices.c.done_at.is_(None), slices.c.due_at <= now + REST_MICROSECONDS, slices.c.lane.in_(served))
         .where(~_paused(connection))
     )
-    retries = select(deliveries.c.n).where(deliveries.c.due_at <= now, deliveries.c.status == int(Status.PLANNED))
+    retries = (
+        select(deliveries.c.n)
+        .join(events, events.c.id == deliveries.c.event_id)
+        .where(deliveries.c.due_at <= now, deliveries.c.status == int(Status.PLANNED), events.c.lane.in_(served))
+    )
     if event_ids is not None:
         planning = planning.where(among(connection, events.c.id, event_ids))
         sending = sending.where(among(connection, slices.c.event_id, event_ids))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import threading
 from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal
 
@@ -45,6 +46,8 @@ EVENT_NAMES = frozenset(
         "worker.died",
         "queue.unusable",
         "queue.usable",
+        "queue.foreign",
+        "thread.failed",
     }
 )
 #: Every event name that the project logs; a test holds the code against it.
@@ -81,6 +84,7 @@ def configure(log_format: Literal["console", "json"] | None, *, level: int = log
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     handler.addFilter(_told_by_us)
+    threading.excepthook = _thread_failed
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
@@ -95,8 +99,16 @@ def configure(log_format: Literal["console", "json"] | None, *, level: int = log
 
 
 def _told_by_us(line: logging.LogRecord) -> bool:
-    """dramatiq tells of a queue that is away every few seconds, with a trace; `queue.unusable` says it once."""
-    return not str(line.msg).startswith("Consumer encountered a connection error")
+    """dramatiq tells of a queue that is away, or is filled by strangers, again and again; we say it once."""
+    return not str(line.msg).startswith(("Consumer encountered a connection error", "Found 'None' message"))
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """A thread that ends by a fault is a log line like any other; who needs it sees that it is gone."""
+    name = failed.thread.name if failed.thread is not None else ""
+    trace = (failed.exc_type, failed.exc_value, failed.exc_traceback)
+    logger = get(__name__)
+    logger.error("thread.failed", thread=name, why=str(failed.exc_value), exc_info=trace)
 
 
 def get(name: str) -> Any:

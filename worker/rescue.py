@@ -82,6 +82,7 @@ class Scheduler:
     sends: bool = True  # False where no relay is configured: then events are planned and mail waits
     queue_problem: str | None = None
     queue_away_since: float | None = None  # by the steady clock of this process
+    _queue_faults: dict[str, str] = field(default_factory=dict)  # what can't be done with it now -> why
     _watch: leases.Watch = field(init=False)
     _woken: threading.Event = field(default_factory=threading.Event)
     _stopping: threading.Event = field(default_factory=threading.Event)
@@ -205,6 +206,7 @@ class Scheduler:
     def _troubles(self) -> None:
         """Put on record what hinders this worker, and take away what does no more."""
         self._shortage = self.database.shortage()
+        self._tell_of_the_queue()
         now_seen: dict[tuple[matters.Trouble, str], str | None] = {
             ("disk", ""): self._shortage,
             ("queue", ""): self.queue_problem,
@@ -283,7 +285,7 @@ class Scheduler:
         if not chosen:  # the queue is full, or what waits is paused: whoever finishes a slice makes room
             self._rests[lane] = now + FULL_MICROSECONDS
         else:
-            self._asked(partial(queues.enqueue, self.broker, lane, chosen))
+            self._asked("fill", partial(queues.enqueue, self.broker, lane, chosen))
 
     def _reconcile(self) -> None:
         """Queue again what the ledger believes to be queued, where the queue knows nothing of it."""
@@ -293,7 +295,7 @@ class Scheduler:
                 waiting = feeding.queued(connection, lane, before=before)
             if not waiting:
                 continue
-            standing = self._asked(partial(queues.standing, self.broker, lane))
+            standing = self._asked("look", partial(queues.standing, self.broker, lane))
             if standing is None:
                 return
             old = self.clock() - int(self.queued_seconds * 1_000_000)
@@ -303,17 +305,26 @@ class Scheduler:
                     feeding.forget_queued(connection, before=before, numbers=lost)
                 self.wake()
 
-    def _asked(self, do: Callable[[], T]) -> T | None:
-        """Ask the queue's server something; None where it can't be reached, which is told once."""
+    def _asked(self, what: str, do: Callable[[], T]) -> T | None:
+        """Ask the queue's server something; None where it can't be had."""
         try:
             answer = do()
         except (RedisError, OSError) as error:
-            if self.queue_problem is None:
-                self.queue_away_since = time.monotonic()
-                logger.warning("queue.unusable", why=str(error), tried_again_in_seconds=RECONCILE_SECONDS)
-            self.queue_problem = f"the queue can't be used ({error}): mail waits until it can"
+            self._queue_faults[what] = str(error)
+            self._tell_of_the_queue()
             return None
-        if self.queue_problem is not None:
-            logger.info("queue.usable", what_next="what waited is queued again")
-        self.queue_problem = self.queue_away_since = None
+        if self._queue_faults.pop(what, None) is not None:
+            self._tell_of_the_queue()
         return answer
+
+    def _tell_of_the_queue(self) -> None:
+        """Log once that the queue can't be used, and once that it can again: each thing that failed has to work."""
+        faults = [*self._queue_faults.values(), *getattr(self.broker, "problems", {}).values()]
+        if not faults and self.queue_problem is not None:
+            logger.info("queue.usable", what_next="what waited is queued again")
+            self.queue_problem = self.queue_away_since = None
+        elif faults and self.queue_problem is None:
+            self.queue_away_since = time.monotonic()
+            logger.warning("queue.unusable", why=faults[0], tried_again_in_seconds=RECONCILE_SECONDS)
+        if faults:
+            self.queue_problem = f"the queue can't be used ({faults[0]}): mail waits until it can"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from worker.settings import RelaySettings
 
 LOOK_SECONDS = 0.1
+QUEUE_ASK_SECONDS = 5.0
 QUEUE_AWAY_SECONDS = 60.0
 #: How long `--until-idle` waits for a queue's server that went away.
 
@@ -133,13 +135,38 @@ def _work_in_processes(ctx: typer.Context, processes: int, *, until_idle: bool, 
     with open_app(settings) as app, stopped_by_signals() as stop:
         family = Family(processes, config=ctx.obj.config)
         family.start()
+        queue = _Queue(settings.broker_url)
         try:
             while not stop.wait(LOOK_SECONDS) and not (until_idle and family.works(app.database) and is_idle(app)):
                 family.look()
+                if until_idle and queue.is_gone():
+                    message = f"the queue's server can't be reached; it was waited for {QUEUE_AWAY_SECONDS:.0f} s"
+                    raise Stop(Exit.UNREACHABLE, message)
         finally:
             family.stop()
     if json:
         print_json({"stopped": stop.is_set(), "idle": until_idle and not stop.is_set()})
+
+
+class _Queue:
+    """The queue's server, as a parent sees it that sends nothing itself."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._asked = self._answered = time.monotonic()
+
+    def is_gone(self) -> bool:
+        """Whether it did not answer for `QUEUE_AWAY_SECONDS`; it is asked every few seconds."""
+        from redis import RedisError
+
+        from worker.broker import ping
+
+        if time.monotonic() - self._asked >= QUEUE_ASK_SECONDS:
+            self._asked = time.monotonic()
+            with suppress(RedisError, OSError):
+                ping(self._url)
+                self._answered = time.monotonic()
+        return time.monotonic() - self._answered > QUEUE_AWAY_SECONDS
 
 
 def serve(ctx: typer.Context) -> None:
