@@ -27,7 +27,7 @@ check: $(VENV)/.test-$(notdir $(STAMP))  ## lint and types alone
 bench: $(VENV)/.test-$(notdir $(STAMP))  ## how fast, how much memory, how soon urgent mail under load (ARGS="broadcast --recipients 20000")
 	@$(PY) -m tests.bench $(ARGS)
 
-faults: $(VENV)/.test-$(notdir $(STAMP))  ## every fault of the field, some 20 minutes (ARGS="kills-sqlite --kills 20"; --list names them)
+faults: $(VENV)/.test-$(notdir $(STAMP))  ## every fault of the field, some 40 minutes (ARGS="kills-sqlite --kills 20"; --list names them)
 	@$(PY) -m tests.faults $(ARGS)
 
 soak: $(VENV)/.test-$(notdir $(STAMP))  ## the same with the large figures: hours
