@@ -359,7 +359,7 @@ def test_a_cancelled_event_sends_nothing_more(tmp_path: Path, server: SmtpServer
     with vendor(tmp_path, server) as app:
         publish(app, event("service.notice", account="acme"))
         with app.database.write() as connection:
-            assert decisions.cancel(connection, 1, owner=0, now=app.clock()) == 2
+            assert decisions.cancel(connection, 1, by="cli:test", now=app.clock()) == 2
         run(app)
         assert server.accepted == []
         assert states(app) == {"cancelled": 2}
@@ -626,7 +626,7 @@ def when_asked_for_the_mail(do: Callable[[], None]) -> Act:
 
 
 def cancelled(app: App, connection: Connection) -> None:
-    decisions.cancel(connection, 1, owner=0, now=app.clock())
+    decisions.cancel(connection, 1, by="cli:test", now=app.clock())
 
 
 def suppressed(app: App, connection: Connection) -> None:

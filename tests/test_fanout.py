@@ -146,7 +146,7 @@ def test_a_cancelled_event_is_planned_no_further(tmp_path: Path) -> None:
         publish(app, event("announcement.published", accounts="all"))
         plan(app, page=2, pages=1)
         with app.database.write() as connection:
-            assert decisions.cancel(connection, 1, owner=0, now=NOW) == 2
+            assert decisions.cancel(connection, 1, by="cli:test", now=NOW) == 2
             connection.execute(events.update().values(plan_owner=None))
             assert take_event(connection, WORKER, now=NOW) is None
             assert ledger.totals(connection, 1) == {"cancelled": 2}

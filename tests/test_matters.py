@@ -240,7 +240,7 @@ def test_an_event_that_could_not_be_planned_is_planned_again_or_withdrawn(databa
         an_event(database, number, status="held" if number < 3 else "done")
     with database.write() as connection:
         assert decisions.plan_again(connection, 1, by="cli:ada", now=NOW)
-        decisions.withdraw(connection, 2, by="cli:ada", now=NOW)
+        decisions.cancel(connection, 2, by="cli:ada", now=NOW)
         assert not decisions.plan_again(connection, 3, by="cli:ada", now=NOW)
         states = list(connection.execute(select(events.c.status).order_by(events.c.id)).scalars())
     assert states == ["planning", "cancelled", "done"]
@@ -271,8 +271,8 @@ def test_held_mail_that_may_have_gone_out_is_released_only_where_it_was_chosen(d
 def test_a_cancelled_event_keeps_only_the_held_mail_that_may_have_gone_out(database: Database) -> None:
     an_event(database, 1, *HELD, (Status.ACCEPTED, None, NOW), GIVEN_UP)
     with database.write() as connection:
-        assert decisions.withdraw(connection, 1, by="cli:ada", now=NOW + 5) == 4
-        assert decisions.cancel(connection, 1, owner=0, now=NOW + 6) == 0
+        assert decisions.cancel(connection, 1, by="cli:ada", now=NOW + 5) == 4
+        assert decisions.cancel(connection, 1, by="cli:test", now=NOW + 6) == 0
         assert ledger.totals(connection, 1) == {"cancelled": 4, "held": 2, "accepted": 1, "failed": 1}
         event = connection.execute(select(events.c.status, events.c.cancelled_at)).one()
     assert tuple(event) == ("cancelled", NOW + 5)
@@ -291,7 +291,7 @@ def test_a_cancelled_event_keeps_only_the_held_mail_that_may_have_gone_out(datab
 def test_an_event_under_way_is_cancelled_with_what_is_planned_and_what_is_held(database: Database) -> None:
     an_event(database, 1, (Status.PLANNED, None, NOW), (Status.HELD, "team", NOW), UNKNOWN, status="sending")
     with database.write() as connection:
-        assert decisions.cancel(connection, 1, owner=0, now=NOW) == 2
+        assert decisions.cancel(connection, 1, by="cli:test", now=NOW) == 2
         assert ledger.totals(connection, 1) == {"cancelled": 2, "held": 1}
 
 
@@ -301,5 +301,5 @@ def test_an_event_that_is_done_stays_so_where_nothing_can_be_withdrawn(
 ) -> None:
     an_event(database, 1, standing_one)
     with database.write() as connection:
-        assert decisions.cancel(connection, 1, owner=0, now=NOW) == 0
+        assert decisions.cancel(connection, 1, by="cli:test", now=NOW) == 0
         assert connection.execute(select(events.c.status)).scalar_one() == "done"

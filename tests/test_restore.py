@@ -239,7 +239,7 @@ def test_every_way_of_being_owed_is_held(database: Database, tmp_path: Path) -> 
         taken = ledger.claim(connection, flying, number, now=app.clock())
         assert taken is not None
         ledger.begin(connection, taken, number, [1], now=app.clock())
-        decisions.cancel(connection, 4, owner=0, now=app.clock())
+        decisions.cancel(connection, 4, by="cli:test", now=app.clock())
         connection.execute(update(events).where(events.c.id == 5).values(status="planning", plan_owner=number))
     assert [one.deliveries for one in hold(app)] == [1, 1, 1, 1, 2]
     invariants.check(app.database)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select
 
+from subscriptions.schema import audit
 from tests.web_site import Web, an_event, opened, served
 from worker import events as event_types
 from worker import keys
@@ -332,6 +333,10 @@ def test_a_cancelled_event_sends_no_more_and_cancelling_again_changes_nothing(we
     assert first["totals"] == again["totals"] == {"cancelled": first["withdrawn"]}
     assert (first["withdrawn"] > 0, again["withdrawn"]) == (True, 0)
     assert web.client.post(f"/v1/events/{ulid}/cancel", headers=web.key("read", name="reader")).status_code == 403
+    with web.app.database.read() as connection:
+        kept = connection.execute(select(audit.c.actor).where(audit.c.kind == "event.cancelled")).scalars().all()
+    assert len(kept) == 1, "who cancelled is kept, once"
+    assert kept[0].startswith("api:")
 
 
 # ---------------------------------------------------------------- types, health, description

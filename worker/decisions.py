@@ -1,7 +1,7 @@
 """What a person decides about mail and events that the machine set aside; each decision is kept with who and when.
 
-`settle` says what became of mails whose answer was lost; `plan_again` and `withdraw` are for events that could not be
-planned; `release`, `retry` and `cancel` are for what a person wants otherwise, and `record` keeps who did it. The
+`settle` says what became of mails whose answer was lost; `plan_again` is for events that could not be planned;
+`release`, `retry` and `cancel` are for what a person wants otherwise, and `record` keeps who did it. The
 record is a row of the audit table: actor, door, and what was decided by row numbers, with no address in it.
 """
 
@@ -24,8 +24,6 @@ SETTLED = "settled_by_person"
 #: The reason of a mail that a person said was not sent.
 KEPT = 1_000
 #: Numbers of mails that a record names; the rest is counted.
-PERSON = 0
-#: Who owns the changes of counts that a person made.
 HELD_REASONS: Final = tuple(sorted(matters.HELD | {"test", "team"}))
 #: Every reason for which mail is held.
 
@@ -33,7 +31,7 @@ _HELD: Final = deliveries.c.status == int(Status.HELD)
 _UNCERTAIN: Final = deliveries.c.reason.in_(sorted(matters.UNCERTAIN))
 
 Decision = Literal[
-    "deliveries.settled", "deliveries.released", "deliveries.retried", "event.planned_again", "event.withdrawn"
+    "deliveries.settled", "deliveries.released", "deliveries.retried", "event.planned_again", "event.cancelled"
 ]
 
 
@@ -59,9 +57,9 @@ def settle(
     if not found:
         return 0
     count = len(found)
-    ledger.add_tallies(connection, PERSON, {(event_id, Status.HELD): -count, (event_id, status): count})
+    ledger.add_tallies(connection, ledger.NO_WORKER, {(event_id, Status.HELD): -count, (event_id, status): count})
     if not accepted:
-        matters.note(connection, PERSON, {(event_id, SETTLED): count}, now=now)
+        matters.note(connection, ledger.NO_WORKER, {(event_id, SETTLED): count}, now=now)
     record(
         connection, "deliveries.settled", event_id, by=by, now=now, numbers=found[:KEPT], deliveries=count,
         became=status.name.lower(),
@@ -81,14 +79,7 @@ def plan_again(connection: Connection, event_id: int, *, by: str, now: int) -> b
     return bool(changed)
 
 
-def withdraw(connection: Connection, event_id: int, *, by: str, now: int) -> int:
-    """Cancel an event, one that could not be planned too; returns how many mails were withdrawn."""
-    withdrawn = cancel(connection, event_id, owner=PERSON, now=now)
-    record(connection, "event.withdrawn", event_id, by=by, now=now, withdrawn=withdrawn)
-    return withdrawn
-
-
-def cancel(connection: Connection, event_id: int, *, owner: int, now: int) -> int:
+def cancel(connection: Connection, event_id: int, *, by: str, now: int) -> int:
     """Withdraw what is not yet sent of an event; takes effect before the next flight. Returns how many deliveries.
 
     Held mail is withdrawn too, of an event that is done as well; but not what may have gone out (`uncertain`), which
@@ -96,11 +87,11 @@ def cancel(connection: Connection, event_id: int, *, owner: int, now: int) -> in
     """
     kept_back = and_(deliveries.c.event_id == event_id, _HELD, ~_UNCERTAIN)
     under_way = events.c.status.in_(["accepted", "planning", "sending", "held"])
-    connection.execute(
+    changed = connection.execute(
         update(events)
         .where(events.c.id == event_id, or_(under_way, and_(events.c.status == "done", exists().where(kept_back))))
         .values(status="cancelled", cancelled_at=now)
-    )
+    ).rowcount
     named = select(flights.c.members).join(slices, slices.c.id == flights.c.slice_id)
     rows = connection.execute(named.where(slices.c.event_id == event_id)).scalars()
     in_flight = {n for members in rows for n in json.loads(members)}
@@ -119,7 +110,9 @@ def cancel(connection: Connection, event_id: int, *, owner: int, now: int) -> in
         (event_id, Status.PLANNED): -planned,
         (event_id, Status.HELD): -held,
     }
-    ledger.add_tallies(connection, owner, counts)
+    ledger.add_tallies(connection, ledger.NO_WORKER, counts)
+    if changed or withdrawn:
+        record(connection, "event.cancelled", event_id, by=by, now=now, withdrawn=withdrawn)
     # The last: a flight that is being begun holds the guard, and then wants what stands above.
     ledger.raise_guard(connection)
     return withdrawn
@@ -174,7 +167,7 @@ def _owe_again(
         .where(chosen)
         .values(status=int(Status.PLANNED), reason=None, due_at=now, retry_slice=None, settled_at=None)
     ).rowcount
-    ledger.add_tallies(connection, PERSON, changes)
+    ledger.add_tallies(connection, ledger.NO_WORKER, changes)
     if owed_again:
         ended = (events.c.id == event_id) & (events.c.status == "done")
         connection.execute(update(events).where(ended).values(status="sending"))

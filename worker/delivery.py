@@ -45,7 +45,6 @@ from worker.writer import Writer
 
 T = TypeVar("T")
 
-__all__ = ["Sender", "Settler"]
 
 logger = logs.get(__name__)
 

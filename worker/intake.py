@@ -30,9 +30,6 @@ from worker.sharedfeed import SharedFeed
 
 logger = logs.get(__name__)
 
-PUBLISHER = 0
-#: The owner of tallies that were made while accepting.
-
 
 @dataclass(frozen=True, slots=True)
 class Publisher:
@@ -180,9 +177,9 @@ class Intake:
                        "reason": "status_page_category", "status_page": json.dumps(status_page)}  # fmt: skip
         connection.execute(events.update().where(events.c.id == row.id).values(**values))
         if verdict is not None and row.class_ == "status":
-            planning.write(row, [(account, verdict)], next_n=1, now=now, owner=PUBLISHER)
+            planning.write(row, [(account, verdict)], next_n=1, now=now, owner=ledger.NO_WORKER)
         elif verdict is not None and (row.not_before is None or row.not_before <= now):
-            fanout.plan_one(planning, row, account, verdict, now=now, owner=PUBLISHER)
+            fanout.plan_one(planning, row, account, verdict, now=now, owner=ledger.NO_WORKER)
         return Accepted(
             event=row.ulid,
             source=event.source,

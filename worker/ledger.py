@@ -1,15 +1,15 @@
 """The ledger: what is owed, to whom, and what became of it. It is the truth; every queue is only a hint.
 
-It owns the tables of `worker.schema`. Promises:
+It owns events, deliveries, slices, flights and tallies of `worker.schema`. Promises:
 
 - One delivery per (event, mailbox), for life: unique in the database.
-- A slice is claimed by compare-and-set (owner, epoch); whoever lost it records acceptances only.
+- A slice is claimed by compare-and-set (owner, epoch); whoever lost it records acceptances only, however late.
 - A flight names the mails that may have left; it is committed before its first byte (the hold class: before its last).
 - Deliveries are written when planned and when settled. "sending" is read from open flights.
 - Tallies are changes per worker; their sums are the counts.
 
 Statuses of a delivery:  planned -> accepted | failed | cancelled | expired | held;  planned with `due_at` = deferred.
-Statuses of an event:    accepted -> planning -> sending -> done;  cancelled;  redirected.
+Statuses of an event:    accepted -> planning -> sending -> done;  held;  cancelled;  redirected.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ NEVER = 2**62
 
 SLICE_SIZE = 256
 #: Deliveries that travel as one queue message.
+
+NO_WORKER = 0
+#: The owner of changes of counts that no worker made: those of publishers and people.
 
 CANCELLED = "event_cancelled"
 #: The reason of mails that were withdrawn with their event.

@@ -36,9 +36,6 @@ logger = logs.get(__name__)
 REASON = "restored"
 #: Why a mail is held that may have gone out after the backup was made.
 
-NOBODY = 0
-#: The owner of tallies that no worker made.
-
 
 class StillWorking(Exception):  # noqa: N818 - it reads as the sentence it is
     """A worker lives: what it sends could not be held. The sentence names it."""
@@ -149,7 +146,7 @@ def _forget_workers(connection: Connection, *, now: int) -> None:
     """End the flights that were open, and take away the workers of that time with all that they held."""
     opened = select(flights.c.slice_id, slices.c.event_id).join(slices, slices.c.id == flights.c.slice_id).distinct()
     for one in connection.execute(opened).all():
-        ledger.end_open_flights(connection, NOBODY, one.slice_id, one.event_id, hold=False, now=now)
+        ledger.end_open_flights(connection, ledger.NO_WORKER, one.slice_id, one.event_id, hold=False, now=now)
     connection.execute(update(slices).where(slices.c.done_at.is_(None)).values(owner=None, queued_at=None))
     connection.execute(update(events).where(events.c.plan_owner.is_not(None)).values(plan_owner=None))
     connection.execute(delete(workers))
@@ -212,7 +209,9 @@ def _hold(connection: Connection, *, since: int | None, now: int) -> list[Held]:
         .values(status=int(Status.HELD), reason=REASON, due_at=None, retry_slice=None, settled_at=now)
     )
     moved = {(event_id, Status.HELD): count for event_id, count in counts.items()}
-    ledger.add_tallies(connection, NOBODY, moved | {(one, Status.PLANNED): -count for one, count in counts.items()})
+    ledger.add_tallies(
+        connection, ledger.NO_WORKER, moved | {(one, Status.PLANNED): -count for one, count in counts.items()}
+    )
     connection.execute(
         update(slices)
         .where(directory.among(connection, slices.c.event_id, numbers), slices.c.done_at.is_(None))
@@ -220,7 +219,9 @@ def _hold(connection: Connection, *, since: int | None, now: int) -> list[Held]:
     )
     chosen_events = directory.among(connection, events.c.id, numbers)
     connection.execute(update(events).where(chosen_events, events.c.status == "sending").values(status="done"))
-    matters.note(connection, NOBODY, {(event_id, REASON): count for event_id, count in counts.items()}, now=now)
+    matters.note(
+        connection, ledger.NO_WORKER, {(event_id, REASON): count for event_id, count in counts.items()}, now=now
+    )
     rows = connection.execute(
         select(events.c.id, events.c.ulid).where(directory.among(connection, events.c.id, counts)).order_by(events.c.id)
     )

@@ -80,7 +80,7 @@ def cancel(ctx: typer.Context, words: EventWords, json: Json = False) -> None:
 
     with opened(ctx) as installation, installation.database.write() as connection:
         event = event_of(connection, words)
-        withdrawn = decisions.withdraw(connection, event.id, by=f"cli:{user()}", now=installation.clock())
+        withdrawn = decisions.cancel(connection, event.id, by=f"cli:{user()}", now=installation.clock())
         left = decisions.uncertain(connection, event.id)
         if not withdrawn and event.status in {"done", "redirected"}:
             message = f"event {event.ulid} is {event.status}: there is nothing left to cancel"

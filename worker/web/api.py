@@ -325,7 +325,7 @@ def event_cancel(event: str, request: Request, site: Here) -> dict[str, Any]:
         if not key.may_publish(row.type):
             raise Problem(403, f"The key {key.name!r} may not publish {row.type}, so it may not cancel it either.")
     with site.app.database.write() as connection:
-        withdrawn = decisions.cancel(connection, row.id, owner=intake.PUBLISHER, now=site.app.clock())
+        withdrawn = decisions.cancel(connection, row.id, by=f"api:{key.name}", now=site.app.clock())
         return {**_state(connection, row), "withdrawn": withdrawn}
 
 
