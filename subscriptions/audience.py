@@ -4,6 +4,9 @@
 Dry run, explain, coverage and the real fan-out all call it, so they cannot disagree. Two rules are code, because no
 data may switch them off: a status-page category never has a recipient (S-01, S-39), and only a role that signs gets
 an e-signature request (XC-08).
+
+What is made per contact is never changed after it was made, but not frozen: that would cost four times as much, and
+a broadcast makes a million of them.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ CONTACT_LIST: Final = "contact_list"  # the one action that is answered by mail,
 _NO_ROLE_MATCH: Final[tuple[Drop, ...]] = ((None, "no_role_match"),)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ContactFacts:
     """One contact of an account, as the rules see it. `email` is normalised; `number` and `mailbox` are row numbers."""
 
@@ -51,7 +54,7 @@ class ContactFacts:
     mailbox: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AccountFacts:
     """One account with its contacts in order of assignment. Addresses are normalised."""
 
@@ -79,7 +82,7 @@ class EventFacts:
     context: frozenset[str] = frozenset()  # names that conditions use
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Recipient:
     """A contact that gets a copy; `deduplicated` where more than one contact-role match was merged into it."""
 
@@ -90,7 +93,7 @@ class Recipient:
     deduplicated: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Excluded:
     """A contact that gets nothing, with each role that would have matched and why it did not."""
 
@@ -98,7 +101,7 @@ class Excluded:
     dropped: tuple[Drop, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Verdicts:
     """The outcome for one account, and a verdict for each of its contacts (none where no fan-out happens)."""
 
@@ -216,14 +219,30 @@ class _Plan:
         fallbacks = {entry.when_unreachable for entry in receives.values() if entry.when_unreachable is not None}
         self.watched = fallbacks.union(role.key for role in self.duties)
         # Contacts hold few different sets of roles: what a set means is worked out once.
-        self.entries = lru_cache(maxsize=4096)(self._entries)
-        self.watched_among = lru_cache(maxsize=4096)(self._watched_among)
+        self.held = lru_cache(maxsize=4096)(self._held)
 
-    def _entries(self, roles: tuple[str, ...]) -> tuple[tuple[str, Receives], ...]:
-        return tuple((role, self.receives[role]) for role in dict.fromkeys(roles) if role in self.receives)
+    def _held(self, roles: tuple[str, ...]) -> _Held:
+        distinct = dict.fromkeys(roles)
+        entries = tuple((role, self.receives[role]) for role in distinct if role in self.receives)
+        matches = tuple((role, _MATCHED[entry.mode]) for role, entry in entries)
+        return _Held(
+            entries,
+            watched=tuple(role for role in distinct if role in self.watched),
+            limited=tuple(role for role in distinct if role in self.limits),
+            matches=None if any(entry.mode == "fallback" for _, entry in entries) else matches,
+            signs=any(entry.mode == "esign" for _, entry in entries),
+        )
 
-    def _watched_among(self, roles: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(role for role in roles if role in self.watched)
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What a set of roles means for one category."""
+
+    entries: tuple[tuple[str, Receives], ...]  # those that receive it
+    watched: tuple[str, ...]
+    limited: tuple[str, ...]  # those that have a maximum of holders
+    matches: tuple[Match, ...] | None  # what matches where nothing stands against it; None where others decide
+    signs: bool  # one of the entries asks for a signature
 
 
 def _may_be_single(role: Role) -> bool:
@@ -246,51 +265,83 @@ def _plan_for(catalogue: Catalogue, category: str) -> _Plan:
 # ---------------------------------------------------------------- steps 4 to 7: roles, mailboxes, warnings
 
 
-@dataclass(frozen=True, slots=True)
-class _Judged:
-    """What steps 4 and 5 say about one contact."""
-
-    contact: ContactFacts
-    matched: tuple[Match, ...]
-    dropped: tuple[Drop, ...]
-    signs: bool
+_Judged = tuple[ContactFacts, tuple[Match, ...], tuple[Drop, ...], bool]
+"""What steps 4 and 5 say about one contact: matched, dropped, and whether a match asks for a signature."""
 
 
 class _FanOut:
     """One event in one account: everything that a contact's verdict depends on, and the verdicts."""
 
-    __slots__ = ("account", "ignored", "over_full", "plan", "products", "reachable", "unwanted", "void")
+    __slots__ = ("account", "held", "ignored", "over_full", "plan", "products", "reachable", "unwanted", "void")
 
     def __init__(self, plan: _Plan, account: AccountFacts, products: frozenset[str] | None) -> None:
         self.plan = plan
         self.account = account
         self.products = products
-        self.void, self.over_full = void_places(plan.limits, account.contacts)
-        self.reachable = _reachable_roles(plan, account, self.void)
+        self.held = [plan.held(contact.roles) for contact in account.contacts]
+        self.void, self.over_full = self._void_places()
+        self.reachable = self._reachable_roles()
         self.unwanted = _unwanted_at(plan.category, account)
         self.ignored: dict[str, None] = {}  # warnings about opt-outs that the catalogue does not allow, each once
 
     def run(self, delivery: str = "email") -> tuple[tuple[Recipient, ...], tuple[Excluded, ...], tuple[str, ...]]:
         """Recipients, excluded contacts and warnings; every contact is in exactly one of the first two."""
-        judged = [self._judge(contact) for contact in self.account.contacts]
+        judged = self._judge_all()
+        emails = [contact.email for contact, matched, _, _ in judged if matched]
+        if len(set(emails)) == len(emails):  # as almost always: there is nothing to merge
+            recipients = tuple(
+                [
+                    Recipient(contact, "esign_request" if signs else delivery, matched, dropped, len(matched) > 1)
+                    for contact, matched, dropped, signs in judged
+                    if matched
+                ]
+            )
+            excluded = tuple(
+                [Excluded(contact, dropped or _NO_ROLE_MATCH) for contact, matched, dropped, _ in judged if not matched]
+            )
+            return recipients, excluded, self._warnings(recipients)
         mailboxes: dict[str, list[_Judged]] = {}
         for verdict in judged:
-            if verdict.matched:
-                mailboxes.setdefault(verdict.contact.email, []).append(verdict)
+            if verdict[1]:
+                mailboxes.setdefault(verdict[0].email, []).append(verdict)
         recipients = tuple([_merge(verdicts, delivery) for verdicts in mailboxes.values()])
         excluded = tuple(
-            [
-                _exclude(verdict)
-                for verdict in judged
-                if not verdict.matched or mailboxes[verdict.contact.email][0] is not verdict
-            ]
+            [_exclude(verdict) for verdict in judged if not verdict[1] or mailboxes[verdict[0].email][0] is not verdict]
         )
         return recipients, excluded, self._warnings(recipients)
 
-    def _judge(self, contact: ContactFacts) -> _Judged:
-        entries = self.plan.entries(contact.roles)
-        if not entries:
-            return _Judged(contact, (), (), False)
+    def _void_places(self) -> tuple[set[Place], tuple[str, ...]]:
+        limited = [role for held in self.held for role in held.limited] if self.plan.limits else ()
+        if len(set(limited)) == len(limited):  # nobody shares such a role, and each may be held once at least
+            return set(), ()
+        return void_places(self.plan.limits, self.account.contacts)
+
+    def _reachable_roles(self) -> set[str]:
+        """The watched roles with a valid holder who can be reached: looks at the address, not at opt-outs (S-26)."""
+        reachable: set[str] = set()
+        if not self.plan.watched:
+            return reachable
+        suppressed, void = self.account.suppressed, self.void
+        for contact, held in zip(self.account.contacts, self.held, strict=True):
+            if held.watched and not contact.unreachable and contact.email not in suppressed:
+                reachable.update([role for role in held.watched if (contact.id, role) not in void])
+        return reachable
+
+    def _judge_all(self) -> list[_Judged]:
+        """A judgement of each contact, in order. Where nothing stands against its roles, they say all there is."""
+        products = self.products
+        plain = not self.void and not self.unwanted and not self.account.suppressed
+        return [
+            (contact, held.matches, (), held.signs)
+            if plain
+            and held.matches is not None
+            and not contact.opt_outs
+            and (products is None or contact.products is None)
+            else self._judge(contact, held.entries)
+            for contact, held in zip(self.account.contacts, self.held, strict=True)
+        ]
+
+    def _judge(self, contact: ContactFacts, entries: Iterable[tuple[str, Receives]]) -> _Judged:
         matched: list[Match] = []
         dropped: list[Drop] = []
         signs = False
@@ -301,7 +352,7 @@ class _FanOut:
             else:
                 matched.append((role, _MATCHED[entry.mode]))
                 signs = signs or entry.mode == "esign"
-        return _Judged(contact, tuple(matched), tuple(dropped), signs)
+        return contact, tuple(matched), tuple(dropped), signs
 
     def _obstacle(self, contact: ContactFacts, role: str, entry: Receives) -> str | None:
         """Why a role that receives the category brings this contact no mail; None where it matches (steps 4, 5)."""
@@ -332,11 +383,11 @@ class _FanOut:
         return entry.opt_out
 
     def _warnings(self, recipients: Collection[Recipient]) -> tuple[str, ...]:
-        unreachable = (
+        unreachable = [
             f"unreachable:{role.key}"
             for role in self.plan.duties
             if role.key not in self.reachable and (role.max == 1 or is_required(role, self.account.uses))
-        )
+        ]
         nobody = () if recipients else ("no_recipient",)
         return (*nobody, *unreachable, *_over_cardinality(self.over_full), *self.ignored)
 
@@ -344,45 +395,37 @@ class _FanOut:
 _MATCHED: Final = {"direct": "role_matched", "esign": "role_matched", "copy": "copy", "fallback": "fallback_used"}
 
 
-def _reachable_roles(plan: _Plan, account: AccountFacts, void: Collection[Place]) -> set[str]:
-    """The watched roles with a valid holder who can be reached: looks at the address, not at opt-outs (S-26)."""
-    reachable: set[str] = set()
-    if plan.watched:
-        for contact in account.contacts:
-            watched = plan.watched_among(contact.roles)
-            if watched and not contact.unreachable and contact.email not in account.suppressed:
-                reachable.update(role for role in watched if (contact.id, role) not in void)
-    return reachable
-
-
 def _unwanted_at(category: Category, account: AccountFacts) -> Collection[str]:
     """The account's addresses that want none of this category in any role (XC-06, XC-07, rules.md 5.3, point 5)."""
     if category.class_ not in OPT_OUT_CLASSES:
         return ()
-    unwanted = account.complained.intersection([contact.email for contact in account.contacts])
+    emails = [contact.email for contact in account.contacts] if account.complained else ()
+    unwanted = account.complained.intersection(emails)
     if category.class_ == "informational":
         return unwanted
     return unwanted.union(
         contact.email
         for contact in account.contacts
-        if (contact.email, category.key) in account.opted_out or any(key == category.key for _, key in contact.opt_outs)
+        if (contact.email, category.key) in account.opted_out
+        or (contact.opt_outs and any(key == category.key for _, key in contact.opt_outs))
     )
 
 
 def _merge(verdicts: list[_Judged], delivery: str) -> Recipient:
     """One copy for one mailbox: its first matching record represents it, a signature beats plain mail (step 6)."""
-    first = verdicts[0]
-    if any(verdict.signs for verdict in verdicts):
+    contact, matched, dropped, _ = verdicts[0]
+    if any(signs for *_, signs in verdicts):
         delivery = "esign_request"
     if len(verdicts) == 1:
-        return Recipient(first.contact, delivery, first.matched, first.dropped, len(first.matched) > 1)
-    union = dict.fromkeys(match for verdict in verdicts for match in verdict.matched)
-    return Recipient(first.contact, delivery, tuple(union), first.dropped, deduplicated=True)
+        return Recipient(contact, delivery, matched, dropped, len(matched) > 1)
+    union = dict.fromkeys(match for _, matches, _, _ in verdicts for match in matches)
+    return Recipient(contact, delivery, tuple(union), dropped, deduplicated=True)
 
 
 def _exclude(verdict: _Judged) -> Excluded:
-    duplicates = tuple((role, "duplicate_address") for role, _ in verdict.matched)
-    return Excluded(verdict.contact, (*duplicates, *verdict.dropped) or _NO_ROLE_MATCH)
+    contact, matched, dropped, _ = verdict
+    duplicates = tuple((role, "duplicate_address") for role, _ in matched)
+    return Excluded(contact, (*duplicates, *dropped) or _NO_ROLE_MATCH)
 
 
 def _over_cardinality(roles: Iterable[str]) -> list[str]:

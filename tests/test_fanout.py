@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import func, select
 
 from subscriptions.audience import resolve
+from subscriptions.changes import Actor, RemoveAccount, RemoveContact, apply
 from subscriptions.database import Database
+from subscriptions.schema import contacts, mailboxes
+from tests import invariants
 from tests.house import (
     ACME,
     CLI,
@@ -25,12 +31,13 @@ from tests.house import (
     import_accounts,
     publish,
 )
-from worker import decisions, fanout, leases, ledger
+from worker import decisions, fanout, feeding, leases, ledger
 from worker.app import App
-from worker.fanout import pack, plan_event, take_event, unpack
+from worker.fanout import Planner, event_facts, pack, plan_event, take_event, unpack
 from worker.schema import deliveries, events, more_grounds, slices, verdict_shapes, verdicts
 
 WORKER = 7
+ANNOUNCED = event_facts(event("announcement.published", accounts="all").type.category, {}, (), attested=False)
 
 
 def account(number: int, *contacts: dict[str, Any]) -> dict[str, Any]:
@@ -55,6 +62,13 @@ def plan(app: App, *, page: int = 500, pages: int = 10_000) -> None:
     plan_event(app.database, app.planner, taken, WORKER, clock=app.clock, go_on=go_on, page=page)
 
 
+def plan_on(app: App, *, page: int = 500, pages: int = 10_000) -> None:
+    """Another worker goes on where the last one stopped."""
+    with app.database.write() as connection:
+        leases.free_orphans(connection, 99, dead=None, now=app.clock())
+    plan(app, page=page, pages=pages)
+
+
 def rows(app: App, query: Any) -> list[Any]:
     with app.database.read() as connection:
         return list(connection.execute(query).all())
@@ -67,7 +81,8 @@ def test_a_person_of_several_accounts_gets_one_delivery_with_several_grounds(tmp
         publish(app, event("announcement.published", accounts="all"))
         plan(app, page=1)
         assert len(rows(app, select(deliveries))) == 4
-        first = rows(app, select(deliveries).order_by(deliveries.c.n))[0]
+        box = select(contacts.c.mailbox_id).where(contacts.c.ext == "pat").limit(1).scalar_subquery()
+        first = rows(app, select(deliveries).where(deliveries.c.mailbox_id == box))[0]
         assert [row.n for row in rows(app, select(more_grounds))] == [first.n, first.n]
         assert len(rows(app, select(verdicts))) == 3
 
@@ -81,27 +96,186 @@ def test_two_records_of_a_mailbox_in_one_account_make_one_delivery_without_furth
         assert rows(app, select(more_grounds)) == []
 
 
-def test_slices_are_released_only_when_the_event_is_wholly_planned(tmp_path: Path) -> None:
-    with house(tmp_path, *[account(n, person(f"p{n}", "executive")) for n in range(5)]) as app:
-        publish(app, event("announcement.published", accounts="all"))
-        plan(app, page=2, pages=2)
-        assert {row.due_at for row in rows(app, select(slices))} == {None}
-        assert rows(app, select(events.c.status, events.c.plan_after_account > 0)) == [("planning", True)]
+def due_numbers(app: App) -> set[int]:
+    """The deliveries that may be sent now."""
+    found = rows(app, select(slices.c.first_n, slices.c.last_n).where(slices.c.due_at <= app.clock()))
+    return {n for row in found for n in range(row.first_n, row.last_n + 1)}
 
 
-def test_a_planning_that_crashed_is_resumed_where_it_stopped(tmp_path: Path) -> None:
-    with house(tmp_path, *[account(n, person(f"p{n}", "executive")) for n in range(7)]) as app:
-        publish(app, event("announcement.published", accounts="all"))
-        plan(app, page=2, pages=2)
-        assert len(rows(app, select(deliveries))) == 4
-        with app.database.write() as connection:
-            leases.free_orphans(connection, 99, dead=None, now=NOW)
-        plan(app, page=2)
-        assert sorted(row.n for row in rows(app, select(deliveries))) == list(range(1, 8))
-        assert rows(app, select(events.c.status, events.c.next_n, events.c.plan_owner)) == [("sending", 8, None)]
-        assert {row.due_at for row in rows(app, select(slices))} == {NOW}
-        with app.database.read() as connection:
-            assert ledger.totals(connection, 1) == {"planned": 7}
+def mailboxes_of(app: App, numbers: set[int]) -> set[str]:
+    query = select(mailboxes.c.address).join(deliveries, deliveries.c.mailbox_id == mailboxes.c.id)
+    return {row.address for row in rows(app, query.where(deliveries.c.n.in_(numbers)))}
+
+
+def test_a_mailbox_of_one_contact_is_written_to_with_its_page_and_a_shared_one_when_all_is_planned(
+    database: Database, tmp_path: Path
+) -> None:
+    app = app_on(database, tmp_path)
+    later = {1: "pat@people.example", 2: "gone@people.example"}
+    import_accounts(app, [
+        account(0, person("p0", "executive"), *[person(f"s{n}", "executive", email=at) for n, at in later.items()]),
+        *[account(n, person(f"p{n}", "executive")) for n in range(1, 5)],
+        account(5, person("pat", "executive", email=later[1])),
+        account(6, person("gone", "executive", email=later[2])),
+    ])  # fmt: skip
+    with database.write() as connection:
+        apply(connection, Actor("cli:anna", "cli"), [RemoveAccount("a6")], catalogues=app.catalogues, now=app.clock())
+    publish(app, event("announcement.published", accounts="all"))
+    plan(app, page=2, pages=1)
+    assert mailboxes_of(app, due_numbers(app)) == {"p0@people.example", "p1@people.example"}
+    assert rows(app, select(events.c.status, events.c.plan_after_account > 0)) == [("planning", True)]
+    plan_on(app, page=2)
+    assert len(due_numbers(app)) == len(rows(app, select(deliveries))) == 7
+    [further] = rows(app, select(more_grounds.c.n))
+    assert mailboxes_of(app, {further.n}) == {"pat@people.example"}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_released_before_all_is_planned_has_all_its_grounds(
+    database: Database, tmp_path: Path, seed: int
+) -> None:
+    app, chance = app_on(database, tmp_path), Random(seed)
+    people = [f"m{number}@people.example" for number in range(40)]
+    import_accounts(app, [
+        account(n, *[
+            person(f"c{k}", "executive", email=chance.choice(people)) for k in range(chance.randrange(4))
+        ])
+        for n in range(30)
+    ])  # fmt: skip
+    gone = [RemoveAccount(f"a{n}") for n in chance.sample(range(30), 5)]
+    with database.write() as connection:
+        apply(connection, Actor("cli:anna", "cli"), gone, catalogues=app.catalogues, now=app.clock())
+    publish(app, event("announcement.published", accounts="all"))
+    released: set[int] = set()
+    plan(app, page=3, pages=1)
+    while rows(app, select(events.c.status)) == [("planning",)]:
+        released |= due_numbers(app)
+        invariants.check(database)
+        plan_on(app, page=3, pages=1)
+    invariants.check(database)
+    assert released
+    assert not released & {row.n for row in rows(app, select(more_grounds.c.n))}
+    every = rows(app, select(deliveries.c.n, deliveries.c.mailbox_id))
+    assert due_numbers(app) == {row.n for row in every} == set(range(1, len(every) + 1))
+    with database.read() as connection:
+        facts = fanout.directory.facts(connection, app.catalogues)
+        grounds = {
+            (row.account_id, row.contact_id, row.n)
+            for table in (deliveries, more_grounds)
+            for row in connection.execute(select(table.c.account_id, table.c.contact_id, table.c.n))
+        }
+    number_of = {row.mailbox_id: row.n for row in every}
+    resolved = [
+        (one.number, recipient.contact.number, number_of[recipient.contact.mailbox])
+        for one in facts
+        for recipient in resolve(app.catalogues[one.catalogue], one, ANNOUNCED).recipients
+    ]
+    assert grounds == set(resolved)
+
+
+@pytest.mark.parametrize("pages", range(1, 4))
+def test_a_planning_that_crashed_is_resumed_where_it_stopped(database: Database, tmp_path: Path, pages: int) -> None:
+    app = app_on(database, tmp_path)
+    import_accounts(app, [account(n, person(f"p{n}", "executive")) for n in range(7)])
+    publish(app, event("announcement.published", accounts="all"))
+    plan(app, page=2, pages=pages)
+    assert len(rows(app, select(deliveries))) == 2 * pages
+    plan_on(app, page=2)
+    assert sorted(row.n for row in rows(app, select(deliveries))) == list(range(1, 8))
+    assert len(rows(app, select(verdicts))) == 7
+    assert rows(app, select(events.c.status, events.c.next_n, events.c.plan_owner)) == [("sending", 8, None)]
+    assert {row.due_at for row in rows(app, select(slices))} == {NOW}
+    invariants.check(database)
+    with app.database.read() as connection:
+        assert ledger.totals(connection, 1) == {"planned": 7}
+
+
+class Frozen(Planner):
+    """A planner whose process stands still between reading a page and writing it, while `meanwhile` happens."""
+
+    __slots__ = ("meanwhile",)
+
+    def rows(self, *arguments: Any) -> fanout.Rows | None:
+        meanwhile, self.meanwhile = self.meanwhile, lambda: None
+        meanwhile()
+        return super().rows(*arguments)
+
+
+def frozen(app: App, meanwhile: Callable[[], Any]) -> Frozen:
+    planner = Frozen(app.catalogues, "live", app.planner.team)
+    planner.meanwhile = meanwhile
+    return planner
+
+
+def test_a_page_that_another_planner_wrote_meanwhile_is_not_written_again(database: Database, tmp_path: Path) -> None:
+    app = app_on(database, tmp_path)
+    import_accounts(app, [account(n, person(f"p{n}", "executive")) for n in range(5)])
+    publish(app, event("announcement.published", accounts="all"))
+    with database.write() as connection:
+        taken = take_event(connection, WORKER + 1, now=NOW)
+    assert taken is not None
+    late = frozen(app, lambda: plan_on(app, page=2))
+    plan_event(database, late, taken, WORKER + 1, clock=app.clock, go_on=lambda: True, page=2)
+    assert len(rows(app, select(deliveries))) == len(rows(app, select(verdicts))) == 5
+    invariants.check(database)
+    with database.read() as connection:
+        assert ledger.totals(connection, 1) == {"planned": 5}
+
+
+def test_a_page_that_was_read_before_the_event_was_cancelled_is_not_written(database: Database, tmp_path: Path) -> None:
+    app = app_on(database, tmp_path)
+    import_accounts(app, [account(n, person(f"p{n}", "executive")) for n in range(5)])
+    publish(app, event("announcement.published", accounts="all"))
+
+    def cancel() -> None:
+        with database.write() as connection:
+            decisions.cancel(connection, 1, by="cli:test", now=NOW)
+
+    with database.write() as connection:
+        taken = take_event(connection, WORKER, now=NOW)
+    assert taken is not None
+    plan_event(database, frozen(app, cancel), taken, WORKER, clock=app.clock, go_on=lambda: True)
+    assert rows(app, select(deliveries)) == []
+    assert rows(app, select(events.c.status)) == [("cancelled",)]
+
+
+def test_what_changes_between_reading_and_writing_a_page_is_looked_at_before_sending(
+    database: Database, tmp_path: Path
+) -> None:
+    app = app_on(database, tmp_path)
+    import_accounts(app, [account(n, person(f"p{n}", "executive")) for n in range(3)])
+    publish(app, event("announcement.published", accounts="all"))
+
+    def leave() -> None:
+        with database.write() as connection:
+            gone = [RemoveContact("a1", "p1")]
+            apply(connection, Actor("cli:anna", "cli"), gone, catalogues=app.catalogues, now=NOW)
+
+    with database.write() as connection:
+        taken = take_event(connection, WORKER, now=NOW)
+    assert taken is not None
+    plan_event(database, frozen(app, leave), taken, WORKER, clock=app.clock, go_on=lambda: True)
+    assert len(rows(app, select(deliveries))) == 3
+    [row] = rows(app, select(events.c.guard_at_plan))
+    with database.read() as connection:
+        assert ledger.guard(connection) > row.guard_at_plan, "the next flight checks who may still get it"
+
+
+def test_a_mailbox_that_moves_to_a_later_account_while_pages_are_planned_gets_one_copy(
+    database: Database, tmp_path: Path
+) -> None:
+    app = app_on(database, tmp_path)
+    import_accounts(app, [account(n, person(f"p{n}", "executive")) for n in range(6)])
+    publish(app, event("announcement.published", accounts="all"))
+    plan(app, page=2, pages=1)
+    import_accounts(app, [
+        account(0, person("p0", "executive", email="new@people.example")),
+        account(5, person("p5", "executive", email="p0@people.example")),
+    ])  # fmt: skip
+    plan_on(app, page=2)
+    assert len(rows(app, select(deliveries))) == 5
+    [further] = rows(app, select(more_grounds.c.n))
+    assert mailboxes_of(app, {further.n}) == {"p0@people.example"}
 
 
 def test_a_planner_that_lost_its_event_writes_nothing_more(tmp_path: Path) -> None:
@@ -118,7 +292,7 @@ def test_a_planner_that_lost_its_event_writes_nothing_more(tmp_path: Path) -> No
 def test_a_broadcast_to_a_list_reaches_these_accounts_alone(tmp_path: Path) -> None:
     with house(tmp_path, *[account(n, person(f"p{n}", "executive")) for n in range(5)]) as app:
         publish(app, event("announcement.published", accounts=["a1", "a3"]))
-        plan(app)
+        plan(app, page=1)
         assert len(rows(app, select(deliveries))) == 2
         assert len(rows(app, select(verdicts))) == 2
 
@@ -141,15 +315,45 @@ def test_an_event_that_reaches_nobody_is_done_with_its_verdicts(tmp_path: Path) 
         assert rows(app, select(verdicts.c.warnings)) == [("no_recipient",)]
 
 
-def test_a_cancelled_event_is_planned_no_further(tmp_path: Path) -> None:
-    with house(tmp_path, *[account(n, person(f"p{n}", "executive")) for n in range(6)]) as app:
-        publish(app, event("announcement.published", accounts="all"))
-        plan(app, page=2, pages=1)
-        with app.database.write() as connection:
-            assert decisions.cancel(connection, 1, by="cli:test", now=NOW) == 2
-            connection.execute(events.update().values(plan_owner=None))
-            assert take_event(connection, WORKER, now=NOW) is None
-            assert ledger.totals(connection, 1) == {"cancelled": 2}
+def test_a_cancelled_event_is_planned_no_further_and_keeps_what_was_sent(database: Database, tmp_path: Path) -> None:
+    app = app_on(database, tmp_path)
+    import_accounts(app, [account(n, person(f"p{n}", "executive")) for n in range(6)])
+    publish(app, event("announcement.published", accounts="all"))
+    plan(app, page=3, pages=1)
+    with database.write() as connection:
+        first = connection.execute(select(slices.c.id).where(slices.c.due_at <= NOW)).scalar_one()
+        taken = ledger.claim(connection, first, WORKER, now=NOW)
+        assert taken is not None
+        flight, _ = ledger.begin(connection, taken, WORKER, [1], now=NOW)
+        sent = ledger.Settlement(
+            1, 1, taken.slice_id, taken.epoch, flight, ledger.Status.ACCEPTED, None, True, None, "r", "250", NOW, NOW
+        )
+        assert ledger.settle(connection, WORKER, [sent]) == 1
+        ledger.land(connection, [flight])
+        assert decisions.cancel(connection, 1, by="cli:test", now=NOW) == 2
+        assert ledger.owed(connection, taken) == []
+        assert not ledger.finish(connection, taken, WORKER, now=NOW)
+        connection.execute(events.update().values(plan_owner=None))
+        assert take_event(connection, WORKER, now=NOW) is None
+        assert ledger.totals(connection, 1) == {"accepted": 1, "cancelled": 2}
+        assert connection.execute(select(func.count()).where(slices.c.done_at.is_(None))).scalar_one() == 0
+
+
+def test_an_event_does_not_end_while_pages_of_it_are_to_come(database: Database, tmp_path: Path) -> None:
+    app = app_on(database, tmp_path)
+    import_accounts(app, [account(n, person(f"p{n}", "executive")) for n in range(4)])
+    publish(app, event("announcement.published", accounts="all"))
+    plan(app, page=2, pages=1)
+    with database.write() as connection:
+        connection.execute(deliveries.update().values(status=int(ledger.Status.ACCEPTED)))
+        first = connection.execute(select(slices.c.id)).scalar_one()
+        taken = ledger.claim(connection, first, WORKER, now=NOW)
+        assert taken is not None
+        assert not ledger.finish(connection, taken, WORKER, now=NOW)
+        assert feeding.ended(connection) == ([], 0)
+        assert feeding.due_now(connection, now=NOW)
+    plan_on(app, page=2)
+    assert rows(app, select(events.c.status)) == [("sending",)]
 
 
 def test_test_mode_and_team_mode_hold_what_they_may_not_send(tmp_path: Path) -> None:
@@ -182,7 +386,11 @@ def test_what_is_planned_is_what_a_dry_run_says(tmp_path: Path) -> None:
                     "service_communication", notice.data, notice.products, attested=True))  # fmt: skip
                 assert again == dry[one.id]
                 assert stored.outcome == again.outcome
-                expected = {c.contact.number: fanout._shape(c) for c in (*again.recipients, *again.excluded)}
+                shapes = {c.contact.number: (None, (), c.dropped, False) for c in again.excluded}
+                shapes |= {
+                    c.contact.number: (c.delivery, c.matched, c.dropped, c.deduplicated) for c in again.recipients
+                }
+                expected = {number: fanout.shape_text(shape) for number, shape in shapes.items()}
                 assert {number: bodies[shape] for number, shape in unpack(stored.packed)} == expected
 
 

@@ -1,0 +1,64 @@
+"""Many rows in few steps: what goes in comes out as it was, on both databases."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import insert
+
+from subscriptions.bulk import insert_rows, read_columns
+from subscriptions.database import Database
+from subscriptions.schema import accounts, audit, mailboxes
+from tests.databases import NOW
+
+HOSTILE = (
+    "tab\tnewline\nreturn\rbackslash\\ \\N \\. \\t",
+    "quotes ' \" ` ; -- /* :name %s %(name)s ? {among}",
+    '["json", {"a": 1}] \\u0041 \\"',
+    "ünïcode \u2028 \U0001f600 \u0001\u007f",
+    "\\.",
+    "",
+)
+COLUMNS = ("at", "actor", "door", "account_id", "kind", "body")
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 63, 255, 256, 700])
+def test_rows_come_out_as_they_went_in_whatever_stands_in_them(database: Database, count: int) -> None:
+    texts = [HOSTILE[number % len(HOSTILE)] for number in range(count)]
+    rows = [(NOW + n, text, "cli", None if n % 3 else n, "x", text * 3) for n, text in enumerate(texts)]
+    with database.write() as connection:
+        insert_rows(connection, audit, COLUMNS, rows)
+    with database.read() as connection:
+        found = read_columns(connection, COLUMNS, "FROM (SELECT * FROM audit ORDER BY at) a")
+    assert list(zip(*found, strict=True)) == rows
+
+
+def test_bytes_go_in_as_they_are(database: Database) -> None:
+    keys = [bytes(range(number, number + 16)) for number in range(240)]
+    with database.write() as connection:
+        insert_rows(connection, mailboxes, ("id", "address_key"), list(enumerate(keys, 1)))
+    with database.read() as connection:
+        query = mailboxes.select().with_only_columns(mailboxes.c.address_key).order_by(mailboxes.c.id)
+        assert [bytes(row.address_key) for row in connection.execute(query)] == keys
+
+
+def test_a_row_that_is_there_already_fails_and_writes_nothing(database: Database) -> None:
+    row = (1, b"k" * 16)
+    with pytest.raises(Exception, match=r"(?i)unique"), database.write() as connection:  # noqa: PT012
+        insert_rows(connection, mailboxes, ("id", "address_key"), [(2, b"j" * 16)])
+        insert_rows(connection, mailboxes, ("id", "address_key"), [row, row])
+    with database.read() as connection:
+        assert [list(column) for column in read_columns(connection, ("id",), "FROM mailboxes")] == [[]]
+
+
+def test_rows_are_chosen_by_lists_of_numbers_and_of_text(database: Database) -> None:
+    with database.write() as connection:
+        names = [{"id": n, "ext": text, "name": "x", "catalogue": "c"} for n, text in enumerate(HOSTILE, 1)]
+        connection.execute(insert(accounts), names)
+    rest = "FROM accounts WHERE ext AMONG :exts AND id AMONG :numbers AND id > :after"
+    with database.read() as connection:
+        found = read_columns(
+            connection, ("ext", "removed_at"), rest, exts=list(HOSTILE[:4]), numbers=[1, 2, 3, 9], after=1
+        )
+        assert [list(column) for column in found] == [list(HOSTILE[1:3]), [None, None]]
+        nothing = read_columns(connection, ("ext", "id"), rest, exts=[], numbers=[], after=0)
+        assert [list(column) for column in nothing] == [[], []]
