@@ -25,7 +25,7 @@ from worker.relay import Envelope, Outcome, Relay
 from worker.settings import RelaySettings, Secret
 
 STAGES = ("connect", "ehlo", "starttls", "auth", "mail", "rcpt", "data", "body", "dot", "rset")
-"""Where a script can act; `body` is in the middle of the mail, `dot` after its final dot."""
+"""Where a script can act; `body` is in the middle of the mail, `dot` after its last bytes, by DATA or by BDAT."""
 
 EXTENSIONS = ("PIPELINING", "8BITMIME", "SIZE 10485760", "SMTPUTF8", "ENHANCEDSTATUSCODES")
 
@@ -154,12 +154,12 @@ def crowd(most: int) -> Act:
     return act
 
 
-def lose_the_reply() -> Act:
-    """At the dot: take the mail, and break the connection instead of saying so."""
+def lose_the_reply(*, rudely: bool = True) -> Act:
+    """At the dot: take the mail, and end or break the connection instead of saying so."""
 
     def act(talk: _Conversation, _code: int, _text: str) -> int:
         talk.keep()
-        talk.hang_up(rudely=True)
+        talk.hang_up(rudely=rudely)
         raise _Over
 
     return act
@@ -171,7 +171,7 @@ class Accepted:
 
     sender: str
     recipient: str
-    body: bytes  # without dot-stuffing and the final dot
+    body: bytes  # without dot-stuffing and the final dot; of BDAT as it came
     options: str  # of MAIL FROM
     tls: bool
     user: str | None
@@ -194,7 +194,9 @@ class SmtpServer:
     certificate: ssl.SSLContext | None = None
     implicit_tls: bool = False
     offers_starttls: bool = True
-    takes_data_anyway: bool = False  # says 354 although it refused sender or recipient, as RFC 2920 allows
+    takes_data_anyway: bool = False  # says 354, or 250 to BDAT, although it refused sender or recipient
+    gathers: bool = False  # writes its answers together, once it has read all that came, as busy relays do
+    pieces: int = 0  # writes its answers in pieces of so many bytes
     users: dict[str, str] | None = None
     accepted: list[Accepted] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
@@ -222,9 +224,16 @@ class SmtpServer:
         self.stop()
 
     def on(self, stage: str, act: Act, *, nth: int | None = None, recipient: str | None = None) -> None:
-        """At a stage do `act`: always, the n-th time (from 1) that the stage is reached, or for one recipient."""
+        """At a stage do `act`: always, the n-th time (from 1) that the stage is reached, or for one address.
+
+        The address is the recipient's; at `mail` it is the sender's, for the recipient is not known yet.
+        """
         assert stage in STAGES
         self._rules.append(_Rule(stage, act, nth, recipient))
+
+    def forget(self, act: Act) -> None:
+        """From now on not this."""
+        self._rules = [rule for rule in self._rules if rule.act is not act]
 
     def relay(self, **changes: Any) -> RelaySettings:
         """The settings of a client of this server; plain and without a limit unless told otherwise."""
@@ -330,12 +339,23 @@ class _Conversation:
         self.mail: tuple[str, str] | None = None  # sender, options
         self.recipient: str | None = None
         self.body = b""
+        self.held: bytes = b""  # answers that are not written yet
         self.at_the_dot = False
 
     # ------------------------------------------------------------ what acts use
 
     def write(self, octets: bytes) -> None:
-        self.socket.sendall(octets)
+        self.held += octets
+        if not self.server.gathers:
+            self.flush()
+
+    def flush(self) -> None:
+        octets, self.held = self.held, b""
+        size = self.server.pieces or len(octets) or 1
+        for start in range(0, len(octets), size):
+            if start:
+                self.pause(0.0002)
+            self.socket.sendall(octets[start : start + size])
 
     def say(self, code: int, *lines: str) -> int:
         self.promise(code)
@@ -350,6 +370,7 @@ class _Conversation:
 
     def hang_up(self, *, rudely: bool = False) -> None:
         with suppress(OSError):
+            self.flush()
             if rudely:
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             else:
@@ -358,10 +379,12 @@ class _Conversation:
             self.socket.close()
 
     def pause(self, seconds: float) -> None:
+        """Wait; what was said before is heard meanwhile."""
         if self.server.stopping.wait(seconds):
             raise _Over
 
     def wait_for_the_end(self) -> None:
+        self.flush()
         while self.socket.recv(65_536):
             pass
 
@@ -400,6 +423,7 @@ class _Conversation:
         return line.rstrip(b"\r").decode("utf-8")
 
     def read(self) -> None:
+        self.flush()
         octets = self.socket.recv(65_536)
         if not octets:
             raise _Over
@@ -463,7 +487,7 @@ class _Conversation:
             self.fault(f"MAIL out of turn or form: {rest}")
             self.say(503, "not now")
             return
-        if self.answer("mail", 250) // 100 == 2:
+        if self.answer("mail", 250, recipient=found[1]) // 100 == 2:
             self.mail = (found[1], (found[2] or "").strip())
 
     def do_rcpt(self, rest: str) -> None:
@@ -499,6 +523,28 @@ class _Conversation:
         self.at_the_dot = False
         self.mail = self.recipient = None
 
+    def do_bdat(self, rest: str) -> None:
+        """A whole mail as one chunk (RFC 3030). Like Exim, a refusal leaves the transaction as it was."""
+        found = re.fullmatch(r"([0-9]+) LAST", rest)
+        if found is None or not {"PIPELINING", "CHUNKING"} <= set(self.server.extensions):
+            self.fault(f"BDAT out of turn or form: {rest}")
+            raise _Over
+        size = int(found[1])
+        act = self.server.rule("body", self.recipient) if self.recipient is not None else None
+        if act is not None:
+            act(self, 0, "")
+        while len(self.buffer) < size:
+            self.read()
+        self.body, self.buffer = self.buffer[:size], self.buffer[size:]
+        if self.recipient is None:
+            self.say(*((250, "2.0.0 taken") if self.server.takes_data_anyway else (503, "5.5.1 no recipient")))
+            return
+        self.at_the_dot = True
+        code = self.answer("dot", 250, "2.0.0 taken", recipient=self.recipient)
+        self.at_the_dot = False
+        if code // 100 == 2:
+            self.mail = self.recipient = None
+
     def mail_data(self) -> bytes:
         """The mail up to CRLF.CRLF and nothing else, its stuffing undone (RFC 5321, 4.5.2)."""
         octets, searched = bytearray(b"\r\n" + self.buffer), 0
@@ -532,24 +578,53 @@ class _Conversation:
 
 BODY = b"Subject: hello\r\n\r\nHello Ada.\r\n"
 LOCKSTEP = tuple(name for name in EXTENSIONS if name != "PIPELINING")
+CHUNKED = (*EXTENSIONS, "CHUNKING")
+WAYS = {"lockstep": LOCKSTEP, "pipelined": EXTENSIONS, "chunked": CHUNKED}
+"""What a relay offers, by the way in which mails are handed to it."""
 BULK = 2  # the lane of most tests
 
 
 def mail(recipient: str = "ada@acme.example", body: bytes = BODY, **more: Any) -> Envelope:
     """A mail as delivery hands it over."""
-    return Envelope(sender="b+1@bounces.example", recipient=recipient, body=body, **more)
+    return Envelope(**{"sender": "b+1@bounces.example", "recipient": recipient, "body": body} | more)
+
+
+def mails(count: int, **more: Any) -> list[Envelope]:
+    """Mails of which each has a sender, a recipient and a body of its own."""
+    return [
+        mail(f"r{n}@acme.example", b"Subject: %d\r\n\r\n.dotted\r\n" % n, sender=sender_of(n), **more)
+        for n in range(count)
+    ]
+
+
+def sender_of(number: int) -> str:
+    """The sender of one of `mails`."""
+    return f"b+{number}@bounces.example"
+
+
+def numbers(server: SmtpServer) -> list[int]:
+    """Which of `mails` a server took, in order; each came with its own sender, recipient and body."""
+    taken = []
+    with server.lock:
+        accepted = list(server.accepted)
+    for one in accepted:
+        number = int(one.recipient[1:].partition("@")[0])
+        [envelope] = mails(number + 1)[number:]
+        assert (one.sender, one.recipient, one.body) == (envelope.sender, envelope.recipient, envelope.body)
+        taken.append(number)
+    return taken
 
 
 async def hand_over(relay: Relay, *envelopes: Envelope, lane: int = BULK) -> list[Outcome]:
     """One flight; what became of each of its mails."""
-    outcomes: list[Outcome] = []
+    outcomes: dict[int, Outcome] = {}
 
     def done(number: int, outcome: Outcome) -> None:
-        assert number == len(outcomes)
-        outcomes.append(outcome)
+        assert number not in outcomes
+        outcomes[number] = outcome
 
     await relay.send(envelopes, lane=lane, done=done)
-    return outcomes
+    return [outcomes[number] for number in range(len(envelopes))]
 
 
 def send(settings: RelaySettings, *envelopes: Envelope) -> list[Outcome]:

@@ -19,6 +19,7 @@ import trustme
 
 from tests.smtpd import (
     BULK,
+    WAYS,
     Act,
     SmtpServer,
     close,
@@ -163,6 +164,17 @@ def test_a_large_mail_arrives_whole_on_an_encrypted_connection(authority: trustm
         [outcome] = send(server.relay(tls="required"), mail(body=body))
     assert outcome.kind is A
     assert server.accepted[0].body == body
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("way", WAYS)
+def test_many_mails_arrive_whole_on_an_encrypted_connection(authority: trustme.CA, way: str) -> None:
+    bodies = [b"Subject: %d\r\n\r\n" % number + b".line\r\n" * 8_000 for number in range(40)]
+    with encrypted(authority, extensions=WAYS[way]) as server:
+        outcomes = send(server.relay(tls="required"), *(mail(body=body) for body in bodies))
+    assert {outcome.kind for outcome in outcomes} == {A}
+    assert [one.body for one in server.accepted] == bodies
+    assert server.connections == 1
 
 
 @pytest.mark.usefixtures("trusted")

@@ -36,7 +36,8 @@ from tests.smtpd import (
 from worker import relay as relay_module
 from worker import transaction
 from worker.relay import Relay
-from worker.transaction import About, Kind, Outcome, stuffed
+from worker.replies import About, Kind, Outcome
+from worker.transaction import stuffed
 
 A, T, P, U, N = Kind.ACCEPTED, Kind.TEMPORARY, Kind.PERMANENT, Kind.UNKNOWN, Kind.NOT_SENT
 RELAY, SENDER, RECIPIENT, CONTENT = About.RELAY, About.SENDER, About.RECIPIENT, About.CONTENT

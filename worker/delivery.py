@@ -268,7 +268,7 @@ class Sender:
         mails = _Mails(self, work, flight)
         lane = int(work.claim.lane)
         try:
-            await flight.relay.send(mails.envelopes(), lane=lane, done=mails.done, gate=self.settler.room)
+            await flight.relay.send(mails.envelopes(), lane=lane, done=mails.done, gate=self.settler)
         except RelayError:
             await self.settler.recorded(work.claim.slice_id)
             self.settler.forget(flight.id)
@@ -477,6 +477,7 @@ class _Mails:
         """A mail was answered: one place turns what happened into a state."""
         due, event, sender = self._flown[number], self.work.event, self.sender
         if outcome is WITHDRAWN:
+            sender.settler.give_back(1)
             if due.n in self._fallen:
                 self._not_now(due, self._fallen[due.n])
             else:

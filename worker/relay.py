@@ -18,21 +18,24 @@ import random
 import re
 import ssl
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NoReturn, cast
 
 import aiosmtplib
 
 from worker import logs
+from worker.replies import About, Kind, Outcome, printable
 from worker.settings import RelaySettings
-from worker.transaction import WITHDRAWN, About, Channel, Envelope, Kind, Outcome, printable
+from worker.transaction import NEEDS_8BITMIME, WITHDRAWN, Channel, Envelope, Gate, Mail
 
 __all__ = [
     "About",
     "Channel",
     "Envelope",
+    "Gate",
     "Kind",
     "Outcome",
     "Places",
@@ -221,6 +224,8 @@ class Relay:
         self.paused = False
         self.problem: str | None = None
         """Why it is not used, while its breaker is not closed: what an operator is told."""
+        self.offers: frozenset[str] = frozenset()
+        """What it said to the last EHLO, lower case ("chunking"); nothing before the first connection."""
         self._host_name = host_name
         self._places = Places(settings.connections, lanes)
         self._breaker = Breaker()
@@ -241,32 +246,27 @@ class Relay:
         *,
         lane: int,
         done: Callable[[int, Outcome], None],
-        gate: Callable[[], Awaitable[None]] | None = None,
+        gate: Gate | None = None,
     ) -> None:
-        """Hand a flight over, one mail after the other; `done(i, outcome)` is called as each is answered.
+        """Hand a flight over on one connection; `done(i, outcome)` is called as each mail is answered, not by number.
 
-        `envelopes` are taken one by one, as each mail's turn comes; `gate` is awaited after each answer. Raises
-        `RelayError` where no connection could be had or the relay takes nothing from us; `done` was not called for
-        the mails that remain, and nothing of them was sent.
+        First there is a connection, and `offers` is known; then `envelopes` are taken, one by one, as room arises, and
+        `done` is called once for each. `gate` limits those in flight. Raises `RelayError` where no connection could be
+        had or the relay takes nothing from us, and what `envelopes` raises, once those in flight are answered: `done`
+        was not called for the mails that remain, whether taken or not, and nothing of them was sent.
         """
-        flight = object()
+        flight = _Flight(self, iter(envelopes), done, gate)
         async with self._places.one(lane):
             channel: Channel | None = None
             try:
-                for number, envelope in enumerate(envelopes):
-                    reused = channel is not None
+                while channel is None or await flight.ready():
                     if channel is None or not channel.usable:
-                        channel, reused = await self._channel(flight, lane)
-                    outcome = await channel.send(envelope)
-                    if reused and _ended_before(outcome):
-                        # The relay ended a connection that rested or carried enough: that says nothing of this mail.
-                        channel, _ = await self._channel(flight, lane, fresh=True)
-                        outcome = await channel.send(envelope)
-                    self._learn(flight, outcome)
-                    done(number, outcome)
-                    if gate is not None:
-                        await gate()
+                        channel = await self._channel(flight, lane, fresh=flight.begins_again())
+                    await channel.carry(flight)
+                if flight.error is not None:
+                    raise flight.error
             finally:
+                flight.end()
                 self._breaker.leave(flight)
                 if channel is not None:
                     self._rest(channel)
@@ -303,10 +303,11 @@ class Relay:
             _abort(client)
             raise
         extensions = {name.lower(): value for name, value in client.esmtp_extensions.items()}
+        self.offers = frozenset(extensions)
         size = extensions.get("size", "")
         channel = Channel(
             cast("asyncio.Transport", client.transport),
-            extensions=frozenset(extensions),
+            extensions=self.offers,
             size=int(size) if size.isdecimal() else 0,
         )
         # aiosmtplib closes what it believes to hold when it is collected: the connection is the channel's now.
@@ -328,15 +329,15 @@ class Relay:
 
     # ------------------------------------------------------------ which connection
 
-    async def _channel(self, flight: object, lane: int, *, fresh: bool = False) -> tuple[Channel, bool]:
-        """A connection for a flight, and whether it was used before. Raises `RelayError`."""
+    async def _channel(self, flight: object, lane: int, *, fresh: bool) -> Channel:
+        """A connection for a flight, `fresh` or rested. Raises `RelayError`."""
         while True:
             if not self._breaker.enter(flight):
                 raise RelayUnavailable(self.problem or f"the relay {self.name} is tried by another mail first")
             rested = None if fresh else self._rested()
             if rested is not None:
                 self._busy.add(rested)
-                return rested, True
+                return rested
             try:
                 self._connecting += 1
                 try:
@@ -356,7 +357,7 @@ class Relay:
             else:
                 logger.debug("relay.connected", relay=self.name)
                 self._busy.add(channel)
-                return channel, False
+                return channel
 
     def _rested(self) -> Channel | None:
         now = asyncio.get_running_loop().time()
@@ -392,12 +393,15 @@ class Relay:
 
     # ------------------------------------------------------------ what is learned of the relay
 
-    def _learn(self, flight: object, outcome: Outcome) -> None:
-        """What an outcome tells of the relay. Raises `RelayMisconfigured` where it takes nothing from us."""
-        if outcome.kind is Kind.ACCEPTED:
-            self._places.grow()
+    def accepted(self) -> None:
+        """It took a mail."""
+        self._places.grow()
+        if self._breaker.openings or self._breaker.strikes:
             self._works()
-        elif outcome.about is not About.RELAY:
+
+    def refused(self, flight: object, outcome: Outcome) -> None:
+        """It did not take a mail. Raises `RelayMisconfigured` where it takes nothing from us."""
+        if outcome.about is not About.RELAY:
             if self._breaker.probes(flight):
                 self._works()
         elif outcome.kind is Kind.PERMANENT:
@@ -405,7 +409,7 @@ class Relay:
             error = RelayMisconfigured(message)
             self._failed(error)
             raise error
-        elif outcome is not WITHDRAWN:
+        else:
             self._struck(flight, outcome)
 
     def _struck(self, flight: object, outcome: Outcome) -> None:
@@ -438,6 +442,102 @@ class Relay:
             channel.close()
         await asyncio.gather(*(channel.gone() for channel in closing))
         await asyncio.sleep(0)
+
+
+class _Flight:
+    """The mails of one `send`, as its connections take them: a `transaction.Cargo`."""
+
+    def __init__(
+        self, relay: Relay, envelopes: Iterator[Envelope], done: Callable[[int, Outcome], None], gate: Gate | None
+    ) -> None:
+        self.error: Exception | None = None
+        """Why no more mails are begun: the relay takes nothing from us, or who makes them failed."""
+        self._relay = relay
+        self._envelopes = envelopes
+        self._done = done
+        self._gate = gate
+        self._next: deque[Mail] = deque()  # taken from the envelopes, and not begun, or to be begun again
+        self._again = False  # the session ended before a mail that it had begun
+        self._struck = False  # this connection ended: what that does to further mails tells nothing new
+        self._taken = 0
+        self._granted = 0  # of those taken, so many are not answered yet
+        self._exhausted = False
+
+    async def ready(self) -> bool:
+        """Wait until there is a mail that may be begun; False where there are no more."""
+        while not self._next and not self._exhausted and self.error is None:
+            if mails := self.take(1):
+                self._next.extend(mails)
+            elif self._gate is not None and not self._exhausted:
+                await self._gate.room()
+        return bool(self._next) and self.error is None
+
+    def take(self, wanted: int) -> list[Mail]:
+        """At most so many that may be begun now; one that goes alone is the last of them."""
+        mails: list[Mail] = []
+        while self._next and len(mails) < wanted:
+            mails.append(self._next.popleft())
+            if mails[-1].envelope.alone:
+                return mails
+        wanted -= len(mails)
+        if not wanted or self._exhausted or self.error is not None:
+            return mails
+        granted = wanted if self._gate is None else self._gate.take(wanted)
+        self._granted += granted
+        before = self._taken
+        try:
+            for envelope in islice(self._envelopes, granted):
+                mails.append(Mail(self._taken, envelope))
+                self._taken += 1
+                if envelope.alone:
+                    break
+            else:
+                self._exhausted = self._taken < before + granted
+        except Exception as error:  # noqa: BLE001 - raised by `send`, once the mails in flight are answered
+            self.error = error
+        self._give_back(before + granted - self._taken)
+        return mails
+
+    def put_back(self, mail: Mail) -> None:
+        """One that was taken and not begun is the next again."""
+        self._next.appendleft(mail)
+
+    def done(self, mail: Mail, outcome: Outcome) -> None:
+        """What became of a mail: the relay is judged by it, and who sends it is told.
+
+        A mail before which a connection had ended, one that rested or carried others, goes again on a fresh one: that
+        says nothing of this mail.
+        """
+        if outcome.kind is Kind.ACCEPTED:
+            self._relay.accepted()
+        elif mail.follows and _ended_before(outcome):
+            self._next.append(mail)
+            self._again = True
+            return
+        elif outcome is not WITHDRAWN and outcome is not NEEDS_8BITMIME:
+            try:
+                if outcome.about is not About.RELAY or outcome.kind is Kind.PERMANENT or not self._struck:
+                    self._relay.refused(self, outcome)
+            except RelayError as error:
+                self.error = error
+                return
+            self._struck = self._struck or outcome.about is About.RELAY
+        self._granted -= 1
+        self._done(mail.number, outcome)
+
+    def begins_again(self) -> bool:
+        """Before a connection is had: whether it must be a fresh one."""
+        fresh, self._again, self._struck = self._again, False, False
+        return fresh
+
+    def end(self) -> None:
+        """What was taken and never answered is not in flight."""
+        self._give_back(self._granted)
+
+    def _give_back(self, unused: int) -> None:
+        self._granted -= unused
+        if self._gate is not None and unused:
+            self._gate.give_back(unused)
 
 
 class Relays:
@@ -481,7 +581,7 @@ def _tls_context(settings: RelaySettings) -> ssl.SSLContext:
 def _ended_before(outcome: Outcome) -> bool:
     """Whether the answer to MAIL, or its absence, shows that the session had ended before."""
     lost = outcome.about is About.RELAY and (outcome.code in {0, 421} or outcome.kind is Kind.PERMANENT)
-    return lost and outcome.stage == "mail"
+    return lost and outcome.stage == "mail" and outcome is not NEEDS_8BITMIME
 
 
 def _abort(client: aiosmtplib.SMTP) -> None:

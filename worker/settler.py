@@ -43,6 +43,7 @@ class Settler:
     _waiting: dict[int, asyncio.Event] = field(default_factory=dict)  # slice -> who waits until there are none
     _timer: asyncio.TimerHandle | None = None
     _unsettled: deque[float] = field(default_factory=deque)  # when each uncommitted outcome came, the oldest first
+    _flying: int = 0  # mails that may be begun, and have no outcome yet
     _committed_some: asyncio.Event = field(default_factory=asyncio.Event)
 
     def expect(self, flight_id: int, mails: int) -> None:
@@ -57,6 +58,8 @@ class Settler:
     def add(self, settlement: Settlement) -> None:
         """What became of one mail; it is committed soon."""
         self._pending.append(settlement)
+        if settlement.relay is not None:
+            self._flying -= 1
         self._unrecorded[settlement.slice_id] += 1
         self._unsettled.append(asyncio.get_running_loop().time())
         if len(self._pending) >= SETTLE_OUTCOMES:
@@ -64,12 +67,25 @@ class Settler:
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self.flush)
 
+    def take(self, wanted: int) -> int:
+        """How many of these mails may be begun now; each counts until its outcome is committed."""
+        if self._unsettled and asyncio.get_running_loop().time() - self._unsettled[0] > LAG_SECONDS:
+            return 0
+        granted = max(0, min(wanted, UNSETTLED - len(self._unsettled) - self._flying))
+        self._flying += granted
+        return granted
+
+    def give_back(self, unused: int) -> None:
+        """So many of those taken were not begun after all."""
+        self._flying -= unused
+        self._committed_some.set()
+
     async def room(self) -> None:
         """Wait until few enough outcomes are uncommitted, and none for long."""
-        loop = asyncio.get_running_loop()
-        while self._unsettled and (len(self._unsettled) >= UNSETTLED or loop.time() - self._unsettled[0] > LAG_SECONDS):
+        while not self.take(1):
             self._committed_some.clear()
             await self._committed_some.wait()
+        self.give_back(1)
 
     async def recorded(self, slice_id: int) -> None:
         """Wait until every outcome of a slice is committed: a slice given back before would be sent again."""
