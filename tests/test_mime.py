@@ -80,6 +80,20 @@ def test_whatever_is_meant_reads_back(subject, name, text, html):
     assert raw.replace(b"\r\n", b"").count(b"\n") == 0
 
 
+@given(
+    subject=LINES,
+    name=LINES,
+    text=TEXTS,
+    html=TEXTS,
+    address=st.sampled_from(["ada@acme.example", "zoë@bücher.example"]),
+)
+def test_whatever_is_meant_reads_back_where_the_relay_takes_eight_bits(subject, name, text, html, address):
+    email = replace(EMAIL, subject=subject, to_name=name[:100].strip(), to_address=address, text=text, html=html)
+    raw = assemble(email, eightbit=True)
+    prove(email, raw, eightbit=True)
+    assert max(map(len, raw.split(b"\r\n"))) <= 998
+
+
 @given(LINES, st.integers(20, 75))
 def test_encoded_words_are_short_whole_and_give_the_text_back(text, room):
     words = encoded_words(text, room)
@@ -185,6 +199,45 @@ def test_no_encoding_of_a_part_is_shorter_than_the_one_taken(text):
         quoted = len(binascii.b2a_qp(text.encode(), istext=True).replace(b"\n", b"\r\n"))
         in_base64 = len(base64.encodebytes(octets).replace(b"\n", b"\r\n"))
         assert len(body) == min(quoted, in_base64)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("plain\n", b"7bit"),
+        ("Grüße\n", b"8bit"),
+        ("ä" * 499 + "\n", b"8bit"),
+        ("ä" * 499 + "x\n", b"base64"),
+        ("é bell\x07 and the rest of a line that is long enough\n", b"quoted-printable"),
+    ],
+)
+def test_a_text_goes_as_it_is_where_the_relay_takes_eight_bits(text, encoding):
+    assert encoded_body(text, eightbit=True)[1] == encoding
+
+
+@given(st.lists(st.integers(0, 1100), max_size=5), st.booleans())
+def test_a_line_of_more_than_998_octets_is_found_wherever_it_stands(lengths, ends):
+    text = "\n".join("x" * length for length in lengths) + "\n" * ends
+    assert (encoded_body(text)[1] == b"7bit") == all(length <= 998 for length in lengths)
+
+
+def test_a_proof_for_seven_bits_refuses_eight():
+    email = replace(EMAIL, text="Grüße\n")
+    with pytest.raises(MimeError, match="7-bit"):
+        prove(email, assemble(email, eightbit=True))
+    raw = assemble(replace(email, to_name="Jürgen"), eightbit=True)
+    with pytest.raises(MimeError, match="7-bit"):
+        prove(email, raw.replace(b"To: ", "To: ü".encode()), eightbit=True)
+
+
+def test_the_mails_of_an_event_share_their_boundary():
+    headers = (*EMAIL.headers, ("X-Rolecast-Event", "01JCV3N6M1Q9T8S7R6P5N4M3K2"))
+    others = (*EMAIL.headers[:3], ("Message-ID", "<other@vendor.example>"), headers[-1])
+    first, second, third = (
+        assemble(replace(EMAIL, headers=one)).split(b'boundary="')[1].split(b'"')[0]
+        for one in (headers, others, EMAIL.headers)
+    )
+    assert first == second != third
 
 
 def test_the_proof_fails_where_a_byte_was_changed_or_a_header_added():

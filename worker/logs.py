@@ -26,6 +26,7 @@ EVENT_NAMES = frozenset(
         "delivery.deferred",
         "delivery.held",
         "mail.unrenderable",
+        "rendition.differs",
         "relay.connected",
         "relay.unusable",
         "relay.usable",

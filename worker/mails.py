@@ -22,7 +22,7 @@ from subscriptions.schema import accounts as accounts_table
 from subscriptions.schema import mailboxes
 from worker.fanout import EventRow
 from worker.links import Links, contact_identity, delivery_identity
-from worker.rendering import Ground, Mail, Variant
+from worker.rendering import FIRST_GROUND, LABEL, Ground, Mail, Variant, list_label, shown_account, shown_name
 from worker.schema import deliveries, more_grounds, verdict_shapes
 from worker.settings import Settings
 
@@ -190,7 +190,7 @@ class Composer:
             category=event.category,
             category_title=category.title,
             class_=event.class_,
-            data=self._data(event, {people.contacts[ground.contact].id for ground in due.grounds}),
+            data=self._data(event, due, people),
             variant=variant_of(first.shape),
             to_name=contact.name,
             to_address=contact.email,
@@ -207,6 +207,26 @@ class Composer:
             status_page_url=self.settings.status_page_url,
             extra=self._extra(event, first, people) if event.category == "approval_request" else {},
         )
+
+    def personal(self, event: EventRow, due: Due, people: People, *, listed: bool) -> list[str]:
+        """What of a mail differs by recipient, in the places of `rendering`; `listed`: it can be opted out of.
+
+        The same as stands in `mail_of`: what is filled into a rendition must be what a whole rendering says.
+        """
+        contacts, accounts, links = people.contacts, people.accounts, self.links
+        token = ""
+        if listed and links is not None:
+            token = links.token("u", event.id, due.n, identity=delivery_identity(event.ulid, due.mailbox_key))
+        values = [shown_name(contacts[due.grounds[0].contact].name), "", token, str(due.n), ""]
+        for ground in due.grounds:
+            ext, name, _ = accounts[ground.account]
+            number = ground.contact
+            identity = contact_identity(ext, contacts[number].id)
+            preference = links.token("p", number, identity=identity) if links is not None else ""
+            values += (ext, shown_account(name or ext, ext), preference)
+        if listed:
+            values[LABEL] = list_label(values[FIRST_GROUND])
+        return values
 
     def _ground(self, event: EventRow, ground: GroundRow, people: People, category_title: str) -> Ground:
         ext, name, key = people.accounts[ground.account]
@@ -225,16 +245,26 @@ class Composer:
             category_title=category_title,
         )
 
-    def _data(self, event: EventRow, contacts: set[str]) -> Mapping[str, object]:
+    def _data(self, event: EventRow, due: Due, people: People) -> Mapping[str, object]:
         """The event's data as this recipient may see it: attachments for somebody else are taken out."""
+        attested = event.category != "approval_request" or event.routing.get("attested")
+        seen = self.attachments_seen(event, due, people)
+        if attested and all(seen):
+            return event.data
         data = dict(event.data)
-        if data.get("attachments"):
-            data["attachments"] = [
-                item for item in data["attachments"] if not item.get("contact") or item["contact"] in contacts
-            ]
-        if event.category == "approval_request" and not event.routing.get("attested"):
+        if seen:
+            data["attachments"] = [item for item, is_seen in zip(data["attachments"], seen, strict=True) if is_seen]
+        if not attested:
             data["requested_by"] = "staff"
         return data
+
+    def attachments_seen(self, event: EventRow, due: Due, people: People) -> tuple[bool, ...]:
+        """Of each of the event's attachments, whether this recipient may see it."""
+        given = event.data.get("attachments")
+        if not given:
+            return ()
+        contacts = {people.contacts[ground.contact].id for ground in due.grounds}
+        return tuple(not item.get("contact") or item["contact"] in contacts for item in given)
 
     def _extra(self, event: EventRow, ground: GroundRow, people: People) -> Mapping[str, object]:
         """What a request mail says beyond the event: names, titles, and the list of contacts where that was asked."""

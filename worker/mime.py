@@ -1,10 +1,11 @@
 """An email as meant, written as the bytes that go to the relay; and the proof that the bytes say what was meant.
 
-Promises: CRLF only, lines of at most 998 octets, 7-bit clean (a local part outside ASCII excepted, see
-`needs_smtputf8`), equal Email equal bytes. No value can add a header: a control character is refused, and a text that
-looks like an encoded word is encoded once more, because some Pythons decode it into a header of its own when they read
-the mail (reliability.md A1, A2). Written directly, for the standard library's builder takes 2.3 ms a mail; `prove`
-reads the bytes back with that library and compares. Dot-stuffing is the relay's.
+Promises: CRLF only, lines of at most 998 octets, equal Email equal bytes; 7-bit clean but for a local part outside
+ASCII (see `needs_smtputf8`) and, where the relay offers 8BITMIME, for the texts (RFC 6152). No value can add a header:
+a control character is refused, and a text that looks like an encoded word is encoded once more, because some Pythons
+decode it into a header of its own when they read the mail (reliability.md A1, A2). Written directly, for the standard
+library's builder takes 2.3 ms a mail; `prove` reads the bytes back with that library and compares. Dot-stuffing is the
+relay's. What these functions say of a header or a text, `worker.renditions` says too: it fills in what they wrote.
 Sources: RFC 5322 (format), 2045 to 2047 (MIME), 2231 (file names), 6532 (UTF-8 headers).
 """
 
@@ -15,13 +16,15 @@ import binascii
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from email import message_from_bytes, message_from_string, policy
 from email.errors import HeaderParseError
 from email.header import decode_header
 from email.message import Message
 from email.policy import Policy
 from email.utils import parseaddr
+from functools import lru_cache
 from typing import Final
 from urllib.parse import quote
 
@@ -47,15 +50,46 @@ def needs_smtputf8(address: str) -> bool:
     return not address.rpartition("@")[0].isascii()
 
 
-def assemble(email: Email) -> bytes:
-    """The whole message. Raises MimeError where a header or address holds what no encoding makes harmless."""
-    alternative = [_text_part("plain", email.text), _text_part("html", email.html)]
-    enclosed = [_attachment_part(one) for one in email.attachments]
-    seed = _value(email, "Message-ID") or email.subject
-    body = _multipart("alternative", alternative, seed)
-    if enclosed:
-        body = _multipart("mixed", [body, *enclosed], seed + "/mixed")
-    return _header_block(email) + b"MIME-Version: 1.0\r\n" + body
+def assemble(email: Email, *, eightbit: bool = False) -> bytes:
+    """The whole message; `eightbit`: its relay offers 8BITMIME.
+
+    Raises MimeError where a header or address holds what no encoding makes harmless.
+    """
+    plain = text_part("plain", *encoded_body(email.text, eightbit=eightbit))
+    html = text_part("html", *encoded_body(email.html, eightbit=eightbit))
+    around = frame(email, plain, html)
+    return b"".join((_header_block(email), around.before, plain, around.between, html, around.after))
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What stands around the two texts of a mail, from its MIME-Version to its end, and the boundaries in it."""
+
+    before: bytes
+    between: bytes
+    after: bytes
+    boundaries: tuple[bytes, ...]
+    first: bool  # these boundaries are the first choice: none stood in a part
+
+
+def frame(email: Email, plain: bytes, html: bytes) -> Frame:
+    """The frame for these texts: its boundaries follow from the event, and stand in none of the parts.
+
+    All mails of an event share them, but for one whose own words hold a boundary: nobody knows it before the first mail
+    of the event has arrived, yet a name may be changed meanwhile.
+    """
+    seed = _value(email, "X-Rolecast-Event") or _value(email, "Message-ID") or email.subject
+    inner, first = _boundary((plain, html), seed)
+    before = b'Content-Type: multipart/alternative;\r\n boundary="%s"\r\n\r\n--%s\r\n' % (inner, inner)
+    between, after = b"\r\n--%s\r\n" % inner, b"\r\n--%s--\r\n" % inner
+    boundaries: tuple[bytes, ...] = (inner,)
+    if email.attachments:
+        files = [_attachment_part(one) for one in email.attachments]
+        outer, first_too = _boundary((before, plain, html, *files), seed + "/mixed")
+        before = b'Content-Type: multipart/mixed;\r\n boundary="%s"\r\n\r\n--%s\r\n%s' % (outer, outer, before)
+        after += b"".join(b"\r\n--%s\r\n%s" % (outer, file) for file in files) + b"\r\n--%s--\r\n" % outer
+        boundaries, first = (inner, outer), first and first_too
+    return Frame(b"MIME-Version: 1.0\r\n" + before, between, after, boundaries, first)
 
 
 # --- Headers ---------------------------------------------------------------------------------------------------------
@@ -63,6 +97,8 @@ def assemble(email: Email) -> bytes:
 _ATOMS: Final = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]+")
 _CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9-]+")
+_PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_+/*-]+(?: [A-Za-z0-9_+/*-]+)*")
+_PLAIN_ADDRESS: Final = re.compile(r"[A-Za-z0-9_.+-]+@[A-Za-z0-9.-]+")
 _ADDRESS: Final = re.compile(r"[^\s<>(),:;\\\"@\[\]]+@[^\s<>(),:;\\\"@\[\]]+")
 
 
@@ -70,21 +106,23 @@ def _header_block(email: Email) -> bytes:
     lines = []
     to_is_due = True
     for name, value in email.headers:
-        lines.append(_header(name, value))
+        lines.append(header(name, value))
         if to_is_due and name == "From":
-            lines += [_mailbox_header("To", email.to_name, email.to_address), _header("Subject", email.subject)]
+            lines += [mailbox_header("To", email.to_name, email.to_address), header("Subject", email.subject)]
             to_is_due = False
     if to_is_due:
         raise MimeError("the mail has no From header")
     return "".join(lines).encode("utf-8")
 
 
-def _header(name: str, value: str) -> str:
+@lru_cache(maxsize=1024)  # the mails of a fan-out share most of theirs
+def header(name: str, value: str) -> str:
+    """A header with its line end: plain where it can be, else folded or in encoded words. Raises MimeError."""
     if not _HEADER_NAME.fullmatch(name):
         raise MimeError(f"{name!r} is no header name")
     _refuse_controls(name, value)
     if name in ADDRESS_HEADERS:
-        return _mailbox_header(name, *split_mailbox(value))
+        return mailbox_header(name, *split_mailbox(value))
     if _is_plain(value):
         if len(name) + 2 + len(value) <= LINE:
             return f"{name}: {value}\r\n"
@@ -95,14 +133,19 @@ def _header(name: str, value: str) -> str:
     return _folded(name, encoded_words(value, LINE - len(name) - 2))
 
 
-def _mailbox_header(name: str, display: str, address: str) -> str:
+def mailbox_header(name: str, display: str, address: str) -> str:
+    """A header that holds one name, perhaps empty, and one address. Raises MimeError."""
+    written = wire_address(address)
+    if len(name) + len(display) + len(written) + 5 <= LINE and _PLAIN_NAME.fullmatch(display):
+        return f"{name}: {display} <{written}>\r\n"  # what is below says the same of nearly every name
     _refuse_controls(name, display)
-    spec = f"<{wire_address(address)}>" if display else wire_address(address)
-    return _folded(name, [*_phrase(display, LINE - len(name) - 2), spec])
+    return _folded(name, [*_phrase(display, LINE - len(name) - 2), f"<{written}>" if display else written])
 
 
 def wire_address(address: str) -> str:
     """The address as it stands in headers and SMTP commands: the domain as A-labels. Raises MimeError."""
+    if _PLAIN_ADDRESS.fullmatch(address):
+        return address  # what is below says the same of nearly every address
     local, at, domain = address.strip().rpartition("@")
     if not domain.isascii():
         try:
@@ -149,13 +192,15 @@ def _folded(name: str, words: Iterable[str]) -> str:
             line = ""
         line += f" {word}"
     lines.append(line)
-    if any(len(one.encode("utf-8", "replace")) > LONGEST_LINE for one in lines):
-        raise MimeError(f"{name} has a word longer than {LONGEST_LINE} octets")
+    for one in lines:
+        if len(one) > LONGEST_LINE // 4 and len(one.encode("utf-8", "replace")) > LONGEST_LINE:
+            raise MimeError(f"{name} has a word longer than {LONGEST_LINE} octets")
     return "\r\n".join(lines) + "\r\n"
 
 
 _Q_PLAIN: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!*+-/")
-_Q: Final = tuple(chr(octet) if octet in _Q_PLAIN else f"={octet:02X}" for octet in range(256))
+_Q: Final = tuple("_" if octet == 32 else chr(octet) if octet in _Q_PLAIN else f"={octet:02X}" for octet in range(256))
+_Q_SHORT: Final = bytes(_Q_PLAIN | {ord(" ")})
 
 
 def encoded_words(text: str, room: int) -> list[str]:
@@ -165,14 +210,16 @@ def encoded_words(text: str, room: int) -> list[str]:
     folds gives back the very text.
     """
     octets = text.encode("utf-8")
-    in_q = sum(len(_Q[octet]) for octet in octets) - 2 * octets.count(b" ")
+    in_q = len(octets) + 2 * len(octets.translate(None, _Q_SHORT))
     use_q = in_q <= (len(octets) + 2) // 3 * 4
+    if (in_q if use_q else len(octets)) <= _word_limit(min(room, 75), use_q=use_q):  # what is below, for short texts
+        return [_encoded_word([*map(_Q.__getitem__, octets)] if use_q else [text], use_q=use_q)]
     words: list[str] = []
     piece: list[str] = []
     size = 0  # of the piece: encoded characters for Q, octets for B
     limit = _word_limit(min(room, 75), use_q=use_q)
     for character in text:
-        written = "_" if character == " " else "".join(_Q[octet] for octet in character.encode("utf-8"))
+        written = "".join(_Q[octet] for octet in character.encode("utf-8"))
         cost = len(written) if use_q else len(character.encode("utf-8"))
         if piece and size + cost > limit:
             words.append(_encoded_word(piece, use_q=use_q))
@@ -205,8 +252,8 @@ _CONTROL_OCTETS: Final = bytes({*range(32), 127} - set(b"\t\r\n"))
 _HIGH_AND_EQUALS: Final = bytes(octet for octet in range(256) if not (octet >= 128 or octet == ord("=")))
 
 
-def _text_part(subtype: str, text: str) -> bytes:
-    body, encoding = encoded_body(text)
+def text_part(subtype: str, body: bytes, encoding: bytes) -> bytes:
+    """A text with its headers."""
     return b"Content-Type: text/%s; charset=utf-8\r\nContent-Transfer-Encoding: %s\r\n\r\n%s" % (
         subtype.encode("ascii"),
         encoding,
@@ -214,24 +261,57 @@ def _text_part(subtype: str, text: str) -> bytes:
     )
 
 
-def encoded_body(text: str) -> tuple[bytes, bytes]:
-    """The text with CRLF, and its transfer encoding: 7bit where it fits, else the smaller of the other two."""
+def encoded_body(text: str, *, eightbit: bool = False) -> tuple[bytes, bytes]:
+    """The text with CRLF, and its transfer encoding: 7bit where it fits, then 8bit where the relay takes it.
+
+    Else the smaller of quoted-printable and Base64. Raises MimeError.
+    """
+    octets = wire_octets(text)
+    if (eightbit or octets.isascii()) and not has_controls(octets) and not _has_long_line(octets):
+        return octets, b"7bit" if octets.isascii() else b"8bit"
+    return encoded_octets(octets, lambda: quoted_lines(octets))
+
+
+def wire_octets(text: str) -> bytes:
+    """The text as UTF-8 with CRLF. Raises MimeError."""
     try:
-        octets = _line_ends(text).replace("\n", "\r\n").encode("utf-8")
+        return _line_ends(text).replace("\n", "\r\n").encode("utf-8")
     except UnicodeEncodeError:
         raise MimeError("the text holds half of a surrogate pair, which is no character") from None
-    fits = text.isascii() and max(map(len, octets.split(b"\r\n"))) <= LONGEST_LINE
-    if fits and len(octets.translate(None, _CONTROL_OCTETS)) == len(octets):
-        return octets, b"7bit"
+
+
+def has_controls(octets: bytes) -> bool:
+    """Whether only an encoding carries the text, for it holds other control characters than tabs and line ends."""
+    return len(octets.translate(None, _CONTROL_OCTETS)) != len(octets)
+
+
+_WINDOW: Final = LONGEST_LINE // 2
+
+
+def _has_long_line(octets: bytes) -> bool:
+    """Whether a line has more than LONGEST_LINE octets."""
+    # A longer line would fill one of these windows; splitting every text into its lines takes five times as long.
+    if all(octets.find(b"\n", start, start + _WINDOW) >= 0 for start in range(0, len(octets) - _WINDOW, _WINDOW)):
+        return False
+    return max(map(len, octets.split(b"\r\n"))) > LONGEST_LINE
+
+
+def encoded_octets(octets: bytes, quoted: Callable[[], bytes]) -> tuple[bytes, bytes]:
+    """The smaller of two encodings, and its name; `quoted` makes what `quoted_lines` makes of the octets."""
     lines_of_base64 = -(-len(octets) // 57)
     size_of_base64 = -(-len(octets) // 3) * 4 + 2 * lines_of_base64
     least_quoted = len(octets) + 2 * len(octets.translate(None, _HIGH_AND_EQUALS))
     if least_quoted <= size_of_base64:
-        # With CRLF inside, b2a_qp breaks long lines by CRLF too; in a text of one line it would use LF.
-        quoted = binascii.b2a_qp(octets.replace(b"\r\n", b"\n"), istext=True).replace(b"\n", b"\r\n")
-        if len(quoted) <= size_of_base64:
-            return quoted, b"quoted-printable"
+        written = quoted()
+        if len(written) <= size_of_base64:
+            return written, b"quoted-printable"
     return _base64_lines(octets), b"base64"
+
+
+def quoted_lines(octets: bytes) -> bytes:
+    """Whole lines as quoted-printable; what becomes of a line does not depend on the others."""
+    # With CRLF inside, b2a_qp breaks long lines by CRLF too; in a text of one line it would use LF.
+    return binascii.b2a_qp(octets.replace(b"\r\n", b"\n"), istext=True).replace(b"\n", b"\r\n")
 
 
 def _line_ends(text: str) -> str:
@@ -270,30 +350,23 @@ def _file_name_parameter(name: str) -> str:
     return ";\r\n ".join(f"filename*{number}*={piece}" for number, piece in enumerate(pieces))
 
 
-def _multipart(subtype: str, parts: list[bytes], seed: str) -> bytes:
-    boundary = _boundary(parts, seed)
-    opening = b'Content-Type: multipart/%s;\r\n boundary="%s"\r\n\r\n' % (subtype.encode("ascii"), boundary)
-    inner = b"".join(b"--%s\r\n%s\r\n" % (boundary, part) for part in parts)
-    return opening + inner + b"--%s--\r\n" % boundary
-
-
-def _boundary(parts: list[bytes], seed: str) -> bytes:
-    """A boundary that follows from the Message-ID and stands in none of the parts."""
+def _boundary(parts: Sequence[bytes], seed: str) -> tuple[bytes, bool]:
+    """A boundary that follows from the seed and stands in none of the parts; and whether it is the first choice."""
     attempt = 0
     while True:
         digest = hashlib.sha256(f"{attempt}/{seed}".encode("utf-8", "replace")).hexdigest()[:32]
         boundary = b"=_" + digest.encode("ascii")
         if not any(boundary in part for part in parts):
-            return boundary
+            return boundary, attempt == 0
         attempt += 1
 
 
 # --- The proof -------------------------------------------------------------------------------------------------------
 
 
-def prove(email: Email, raw: bytes) -> None:
+def prove(email: Email, raw: bytes, *, eightbit: bool = False) -> None:
     """Raises MimeError unless `raw` reads back as exactly `email`: its headers, one recipient, texts and files."""
-    _prove_bytes(email, raw)
+    _prove_bytes(email, raw, eightbit=eightbit)
     plain = _read(raw, policy.compat32)
     modern = _read(raw, policy.default)
     intended = Counter([name.lower() for name, _ in email.headers] + ["to", "subject", "mime-version", "content-type"])
@@ -304,17 +377,19 @@ def prove(email: Email, raw: bytes) -> None:
             raise MimeError(f"the bytes read back with other headers than meant: {', '.join(differing)}")
     try:
         _prove_headers(email, plain, modern)
-        _prove_parts(email, modern)
+        _prove_parts(email, message_from_bytes(raw, policy=policy.default))
     except (HeaderParseError, UnicodeError, LookupError, ValueError, TypeError, AttributeError) as error:
         # The library itself cannot read what was written, whatever it stumbled over.
         raise MimeError(f"the bytes cannot be read back: {type(error).__name__}: {error}") from error
 
 
-def _prove_bytes(email: Email, raw: bytes) -> None:
+def _prove_bytes(email: Email, raw: bytes, *, eightbit: bool) -> None:
     without_line_ends = raw.replace(b"\r\n", b"")
     if b"\r" in without_line_ends or b"\n" in without_line_ends:
         raise MimeError("the bytes hold a CR or LF that stands alone")
-    if b"\0" in raw or not (raw.isascii() or needs_smtputf8(email.to_address)):
+    head, _, rest = raw.partition(b"\r\n\r\n")
+    clean_head = head.isascii() or needs_smtputf8(email.to_address)
+    if b"\0" in raw or not clean_head or not (eightbit or rest.isascii()):
         raise MimeError("the bytes are not 7-bit clean")
     if max(map(len, raw.split(b"\r\n"))) > LONGEST_LINE:
         raise MimeError(f"a line is longer than {LONGEST_LINE} octets")
@@ -322,9 +397,9 @@ def _prove_bytes(email: Email, raw: bytes) -> None:
 
 def _read(raw: bytes, how: Policy[Message]) -> Message:
     # UTF-8 in a header (RFC 6532) is text to a reader who knows it; the library's bytes parser does not.
-    return (
-        message_from_bytes(raw, policy=how) if raw.isascii() else message_from_string(raw.decode("utf-8"), policy=how)
-    )
+    if raw.partition(b"\r\n\r\n")[0].isascii():
+        return message_from_bytes(raw, policy=how)
+    return message_from_string(raw.decode("utf-8"), policy=how)
 
 
 def _prove_headers(email: Email, plain: Message, modern: Message) -> None:

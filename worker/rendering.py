@@ -13,14 +13,15 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from decimal import Decimal, InvalidOperation
 from email.utils import format_datetime
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar, cast
 from zoneinfo import ZoneInfo
 
 from jinja2 import Template, TemplateError, TemplateNotFound, pass_context
@@ -33,8 +34,10 @@ from worker import masking
 from worker.event_fields import ATTACHMENT_TYPES, MAX_ATTACHMENT_BYTES, instant
 from worker.markdown import markdown_html
 from worker.masking import WITHHELD
-from worker.sandbox import STYLE, TemplateRefused, environment, inline_fragment, shipped_templates
+from worker.sandbox import STYLE, Sandbox, TemplateRefused, environment, inline_fragment, shipped_templates
+from worker.tracing import USED, Leaf, mark, marked, tracing
 
+T = TypeVar("T")
 Variant = Literal["direct", "copy", "esign", "fallback", "approval", "contact_list"]
 
 SUBJECT_LENGTH: Final = 200
@@ -45,6 +48,9 @@ PARTS: Final = ("subject.txt", "body.txt", "body.html")
 
 # The types that carry a signing link, and the variants in which each other type is mailed.
 SIGNED: Final = frozenset({"quote.issued", "contract.renewal", "contract.authorisation"})
+
+
+_Seen = tuple[Mapping[str, object], Variant, tuple[dict[str, object], list[dict[str, object]]]]
 
 
 class RenderError(Exception):
@@ -115,6 +121,30 @@ class Email:
     attachments: tuple[Attachment, ...] = ()
 
 
+# The places of a mail's personal values (see `Traced`): those of a ground come in threes behind the others.
+NAME: Final = 0
+SUBJECT: Final = 1
+UNSUBSCRIBE: Final = 2  # a token
+NUMBER: Final = 3  # the delivery's, in the Message-ID
+LABEL: Final = 4  # the first account's, in the List-ID
+FIRST_GROUND: Final = 5  # of each: its account's id, its account's name, its contact's preference token
+IN_A_GROUND: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A mail of which only the shared part is there: its personal values are marks (`worker.tracing`).
+
+    The subject is not yet one line where it holds a mark.
+    """
+
+    subject: str
+    text: str
+    html: str
+    headers: tuple[tuple[str, str], ...]
+    by_place: bool  # the templates asked for the recipient's locale or time zone
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """A fault that `Renderer.check` found in a template."""
@@ -148,28 +178,59 @@ class Renderer:
                 "role_title": _role_title,
             },
         )
+        self._tracing = tracing(self._environment)
+        self._seen: _Seen = ({}, "direct", ({}, []))
 
     def render(self, mail: Mail) -> Email:
         """The email that `mail` describes. Raises RenderError."""
-        data, files = _visible(mail)
+        data, files = self._visible(mail)
         context = _context(mail, data, _linked(files))
-        subject = one_line(self._part(mail.type, "subject.txt", context), SUBJECT_LENGTH)
+        subject = one_line(self._part(self._environment, mail.type, "subject.txt", context), SUBJECT_LENGTH)
         if not subject:
             raise RenderError(f"{mail.type}/subject.txt: the subject is empty; give it at least one word")
         context["subject"] = subject
-        text = _BLANK_LINES.sub("\n\n", self._part(mail.type, "body.txt", context)).strip() + "\n"
-        html = self._part(mail.type, "body.html", context).strip() + "\n"
+        text, html = self._bodies(self._environment, mail.type, context)
         if (unsafe := _unsafe_link(html)) is not None:
             raise RenderError(f"{mail.type}/body.html: the link {unsafe!r} is neither https, http nor mailto")
         return Email(
             subject=subject,
             text=text,
             html=html,
-            headers=_headers(mail),
-            to_name=one_line(mail.to_name, NAME_LENGTH),
+            headers=headers(mail),
+            to_name=shown_name(mail.to_name),
             to_address=mail.to_address,
             attachments=_enclosed(mail.type, files),
         )
+
+    def trace(self, mail: Mail, *, tokens: Mapping[int, str], nonce: str) -> Traced:
+        """The mail with marks in place of its personal values; `tokens` are those in its links, by their places.
+
+        An empty value is none: it stays empty. Raises Computed where a template does more with a personal value than
+        saying it, and RenderError as `render` does.
+        """
+        data, files = self._visible(mail)
+        context = _context(mail, data, _linked(files))
+        used: set[str] = set()
+        context |= _leaves(context, tokens, nonce) | {USED: used}
+        subject = self._part(self._tracing, mail.type, "subject.txt", context)
+        if marked(subject):
+            context["subject"] = Leaf(mark(nonce, SUBJECT))
+        else:
+            context["subject"] = subject = one_line(subject, SUBJECT_LENGTH)
+        text, html = self._bodies(self._tracing, mail.type, context)
+        return Traced(subject, text, html, _marked_headers(mail, tokens, nonce), bool(used & {"locale", "timezone"}))
+
+    def _visible(self, mail: Mail) -> tuple[dict[str, object], list[dict[str, object]]]:
+        """What `_visible` makes, once for neighbours that share their data: templates can change nothing of it."""
+        data, variant, seen = self._seen
+        if data is not mail.data or variant != mail.variant:
+            seen = _visible(mail)
+            self._seen = (mail.data, mail.variant, seen)
+        return seen
+
+    def _bodies(self, environment: Sandbox, type_name: str, context: dict[str, object]) -> tuple[str, str]:
+        text = _BLANK_LINES.sub("\n\n", self._part(environment, type_name, "body.txt", context)).strip() + "\n"
+        return text, self._part(environment, type_name, "body.html", context).strip() + "\n"
 
     def version(self, type_name: str) -> str:
         """A short hash of the sources that mails of a type are made from: equal version, equal templates."""
@@ -208,10 +269,11 @@ class Renderer:
             if path.is_file() and not name.startswith("_base/") and name not in expected and path.suffix != ".md":
                 yield Finding(name, "no mail uses this file; a template is TYPE/subject.txt, body.txt or body.html")
 
-    def _part(self, type_name: str, part: str, context: dict[str, object]) -> str:
+    def _part(self, environment: Sandbox, type_name: str, part: str, context: dict[str, object]) -> str:
         name = f"{type_name}/{part}"
         try:
-            return _limited(self._environment.get_template(name), context)
+            budget = OUTPUT_BUDGET if environment is self._environment else OUTPUT_BUDGET // 2  # values may be longer
+            return _limited(environment.get_template(name), context, budget)
         except TemplateRefused as error:
             raise RenderError(str(error)) from None
         except TemplateNotFound as error:
@@ -239,13 +301,24 @@ def variants(type_name: str) -> tuple[Variant, ...]:
     return ("direct", "copy", "fallback")
 
 
+def shown_name(name: str) -> str:
+    """A recipient's name as mails show it; perhaps empty."""
+    return one_line(name, NAME_LENGTH)
+
+
+def shown_account(name: str, account: str) -> str:
+    """An account's name as mails show it: its id where it has none."""
+    return one_line(name, NAME_LENGTH) or account
+
+
 def one_line(text: str, longest: int) -> str:
     """The text with control characters and line separators as spaces, trimmed and cut to `longest` characters."""
-    cleaned = _NOT_IN_HEADERS.sub(" ", text).strip() if _NOT_IN_HEADERS.search(text) else text.strip()
+    # Whatever must not be in a header is not printable: most texts need no search.
+    cleaned = text.strip() if text.isprintable() else NOT_IN_HEADERS.sub(" ", text).strip()
     return cleaned if len(cleaned) <= longest else cleaned[: longest - 3].rstrip() + "..."
 
 
-_NOT_IN_HEADERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+NOT_IN_HEADERS: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _NOT_IN_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n){2,}")
 _LINK = re.compile(r"""<\w[^<>]*?\s(?:href|src|action|background)\s*=\s*["']?(?!https?://|mailto:|["'])([^"'>\s]*)""")
@@ -262,16 +335,17 @@ def _unsafe_link(html: str) -> str | None:
     return found.group(1) if found else None
 
 
-def _limited(template: Template, context: dict[str, object]) -> str:
-    """The template's output, at most OUTPUT_BUDGET characters of it."""
+def _limited(template: Template, context: dict[str, object], budget: int) -> str:
+    """The template's output, at most so many characters of it."""
     size = 0
-    chunks = []
+    chunks: list[str] = []
     # Jinja's generate() would add a step to each piece, and rewrite tracebacks that nobody is shown.
-    for chunk in template.root_render_func(template.new_context(context)):
-        size += len(chunk)
-        if size > OUTPUT_BUDGET:
-            raise TemplateRuntimeError(f"makes more than {OUTPUT_BUDGET // 1024} KiB of output")
-        chunks.append(chunk)
+    pieces = template.root_render_func(template.new_context(context))
+    while some := list(islice(pieces, 64)):
+        size += sum(map(len, some))
+        if size > budget:
+            raise TemplateRuntimeError(f"makes more than {budget // 1024} KiB of output")
+        chunks += some
     return concat(chunks)
 
 
@@ -282,7 +356,7 @@ def _context(mail: Mail, data: dict[str, object], links: list[dict[str, str]]) -
     grounds = [
         {
             "account": ground.account,
-            "account_name": one_line(ground.account_name, NAME_LENGTH) or ground.account,
+            "account_name": shown_account(ground.account_name, ground.account),
             "catalogue": ground.catalogue,
             "category": ground.category,
             "category_title": ground.category_title or mail.category_title,
@@ -300,7 +374,7 @@ def _context(mail: Mail, data: dict[str, object], links: list[dict[str, str]]) -
         "extra": _plain(mail.extra, _secret(mail)),
         "category": mail.category,
         "category_title": mail.category_title,
-        "name": one_line(mail.to_name, NAME_LENGTH),
+        "name": shown_name(mail.to_name),
         "account_name": grounds[0]["account_name"],
         "grounds": grounds,
         "vendor": mail.vendor_name,
@@ -310,6 +384,46 @@ def _context(mail: Mail, data: dict[str, object], links: list[dict[str, str]]) -
         "status_page_url": mail.status_page_url,
         "attachment_links": links,
     }
+
+
+def _leaves(context: Mapping[str, object], tokens: Mapping[int, str], nonce: str) -> dict[str, object]:
+    """The personal values of a context as leaves, where they are not empty."""
+
+    def leaf(value: object, place: int) -> object:
+        token = tokens.get(place)
+        if not isinstance(value, str) or not value:
+            return value
+        return Leaf((value.removesuffix(token) if token else "") + mark(nonce, place))
+
+    grounds = [
+        ground
+        | {
+            "account": leaf(ground["account"], place),
+            "account_name": leaf(ground["account_name"], place + 1),
+            "preference_url": leaf(ground["preference_url"], place + 2),
+        }
+        for place, ground in _placed(cast("list[dict[str, object]]", context["grounds"]))
+    ]
+    return {
+        "name": leaf(context["name"], NAME),
+        "account_name": grounds[0]["account_name"],
+        "grounds": grounds,
+        "unsubscribe_url": leaf(context["unsubscribe_url"], UNSUBSCRIBE),
+    }
+
+
+def _placed(grounds: Iterable[T]) -> Iterator[tuple[int, T]]:
+    """Each ground with the place of its first value."""
+    return ((FIRST_GROUND + IN_A_GROUND * index, ground) for index, ground in enumerate(grounds))
+
+
+def _marked_headers(mail: Mail, tokens: Mapping[int, str], nonce: str) -> tuple[tuple[str, str], ...]:
+    """The headers with marks for the delivery's number, the accounts and the token."""
+    grounds = tuple(replace(ground, account=mark(nonce, place)) for place, ground in _placed(mail.grounds))
+    before, _, after = mail.message_id.partition(f".{tokens[NUMBER]}@")
+    url = mail.unsubscribe_url and mail.unsubscribe_url.removesuffix(tokens[UNSUBSCRIBE]) + mark(nonce, UNSUBSCRIBE)
+    marks = replace(mail, grounds=grounds, message_id=f"{before}.{mark(nonce, NUMBER)}@{after}", unsubscribe_url=url)
+    return headers(marks, label=lambda _: mark(nonce, LABEL))
 
 
 def _visible(mail: Mail) -> tuple[dict[str, object], list[dict[str, object]]]:
@@ -365,48 +479,59 @@ def _plain(value: object, secret: re.Pattern[str] | None) -> object:
 # --- Headers ---------------------------------------------------------------------------------------------------------
 
 
-def _headers(mail: Mail) -> tuple[tuple[str, str], ...]:
+def headers(mail: Mail, *, label: Callable[[str], str] | None = None) -> tuple[tuple[str, str], ...]:
+    """The headers of a mail but for To, Subject and those of MIME; `label` stands in for `list_label`."""
     first = mail.grounds[0]
-    headers = [("Date", format_datetime(mail.date.astimezone(UTC))), ("From", one_line(mail.sender, 500))]
+    made = [("Date", date_text(mail.date)), ("From", one_line(mail.sender, 500))]
     if mail.reply_to:
-        headers.append(("Reply-To", one_line(mail.reply_to, 500)))
+        made.append(("Reply-To", one_line(mail.reply_to, 500)))
     message_id = mail.message_id if mail.message_id.startswith("<") else f"<{mail.message_id}>"
-    headers += [
+    made += [
         ("Message-ID", message_id),
         ("Auto-Submitted", "auto-generated"),
         ("X-Auto-Response-Suppress", "All"),
         ("Feedback-ID", f"{mail.category}:{first.account}:{mail.class_}:rolecast"),
         ("X-Rolecast-Event", mail.event),
     ]
-    headers += [
+    made += [
         ("X-Rolecast-Reason", f"account={one.account}; category={one.category}; role={','.join(one.roles)}")
         for one in mail.grounds
     ]
     if mail.variant == "copy":
-        headers.append(("X-Rolecast-Copy", "yes"))
+        made.append(("X-Rolecast-Copy", "yes"))
     if mail.unsubscribe_url:
-        headers += [
-            ("List-ID", f"<{list_id(first.category, first.account, mail.list_domain)}>"),
+        made += [
+            ("List-ID", f"<{list_id(first.category, first.account, mail.list_domain, label=label)}>"),
             ("List-Unsubscribe", f"<{mail.unsubscribe_url}>"),
             ("List-Unsubscribe-Post", "List-Unsubscribe=One-Click"),
         ]
-    return tuple(headers)
+    return tuple(made)
 
 
-def list_id(category: str, account: str, domain: str) -> str:
-    """The List-ID (RFC 2919) of an account's category: stable, and distinct for distinct accounts.
+@lru_cache(maxsize=64)  # the mails of a flight share it
+def date_text(moment: datetime) -> str:
+    """A moment as the header Date says it."""
+    return format_datetime(moment.astimezone(UTC))
+
+
+def list_id(category: str, account: str, domain: str, *, label: Callable[[str], str] | None = None) -> str:
+    """The List-ID (RFC 2919) of an account's category: stable, and distinct for distinct accounts."""
+    return f"{category}.{(label or list_label)(account)}.{domain}"
+
+
+def list_label(account: str) -> str:
+    """An account as one word of a List-ID.
 
     List-IDs are compared without case and consist of dot-separated words, so an account id that is not one lower-case
     word gets a short hash.
     """
-    label = account
-    if not _PLAIN_LABEL.fullmatch(account):
-        word = re.sub(r"[^a-z0-9]+", "-", account.lower()).strip("-")[:30]
-        label = f"{word}-{hashlib.sha256(account.encode()).hexdigest()[:10]}".lstrip("-")
-    return f"{category}.{label}.{domain}"
+    if PLAIN_LABEL.fullmatch(account):
+        return account
+    word = re.sub(r"[^a-z0-9]+", "-", account.lower()).strip("-")[:30]
+    return f"{word}-{hashlib.sha256(account.encode()).hexdigest()[:10]}".lstrip("-")
 
 
-_PLAIN_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,62}[a-z0-9])?")
+PLAIN_LABEL: Final = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,62}[a-z0-9])?")
 
 
 # --- Attachments (reliability.md A12) ---------------------------------------------------------------------------------

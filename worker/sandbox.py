@@ -10,17 +10,17 @@ that inlines `_base/style.css` once per template, with the template's tags set a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from types import BuiltinMethodType
-from typing import cast
+from typing import Any, cast
 
 import css_inline
-from jinja2 import BaseLoader, Environment, StrictUndefined, TemplateNotFound, nodes
+from jinja2 import BaseLoader, Environment, StrictUndefined, Template, TemplateNotFound, nodes
 from jinja2.environment import TemplateModule
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.loaders import split_template_path
-from jinja2.runtime import Context, Macro
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 BASE = "_base/"
@@ -28,6 +28,8 @@ STYLE = "_base/style.css"
 
 # What may be called on a value. None of them makes a long text out of a short one.
 SAFE_METHODS = frozenset({"get", "items", "keys", "values", "startswith", "endswith", "lower", "upper", "strip"})
+# What a template asks of `loop`; none of it is a method.
+LOOP = frozenset({"first", "index", "index0", "last", "length", "revindex", "revindex0"})
 # Jinja's filters that neither switch escaping off nor make a long text out of a short one.
 SAFE_FILTERS = frozenset(
     {
@@ -55,31 +57,41 @@ def shipped_templates() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "templates"
 
 
-def environment(
-    roots: tuple[Path, ...], *, filters: Mapping[str, Callable[..., object]]
-) -> ImmutableSandboxedEnvironment:
+def environment(roots: tuple[Path, ...], *, filters: Mapping[str, Callable[..., object]]) -> Sandbox:
     """The Jinja environment over the folders in `roots` (the first that has a file wins), with our own `filters`."""
-    made = _Sandbox(
-        loader=_Loader(roots),
-        undefined=StrictUndefined,
-        autoescape=lambda name: bool(name and name.endswith(".html")),
-        auto_reload=False,
-        cache_size=-1,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.globals.clear()
+    made = Sandbox(_Loader(roots))
     made.filters = {name: made.filters[name] for name in SAFE_FILTERS} | dict(filters)
     return made
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
+class Sandbox(ImmutableSandboxedEnvironment):
     """A sandbox in which `data.items` is the event's field `items`, and a missing field is named in plain words.
 
     What `refuse` allows is answered without asking the sandbox again: that halves the time that a mail takes.
     """
 
+    def __init__(self, loader: BaseLoader | None) -> None:
+        super().__init__(
+            loader=loader,
+            undefined=StrictUndefined,
+            autoescape=lambda name: bool(name and name.endswith(".html")),
+            auto_reload=False,
+            cache_size=-1,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self.globals.clear()
+        self._loaded: dict[str, Template] = {}
+
+    def _load_template(self, name: str, globals: MutableMapping[str, Any] | None) -> Template:  # noqa: A002 - as in Jinja
+        # Templates never change while a process runs, and there are no globals: each import asks, 14 times a mail.
+        template = self._loaded.get(name)
+        if template is None:
+            template = self._loaded[name] = super()._load_template(name, globals)
+        return template
+
     def getattr(self, obj: object, attribute: str) -> object:
+        """`obj.attribute`."""
         kind = type(obj)
         if kind is dict:
             fields = cast("dict[object, object]", obj)
@@ -90,14 +102,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             return getattr(obj, attribute)
         if kind is TemplateModule and attribute in vars(obj) and not attribute.startswith("_"):
             return vars(obj)[attribute]
+        if kind is LoopContext and attribute in LOOP:
+            return getattr(obj, attribute)
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: object, argument: object) -> object:
+        """`obj[argument]`."""
         if type(obj) is dict and argument not in cast("dict[object, object]", obj):
             return self.undefined(hint=f"the data has no field '{argument}'")
         return super().getitem(obj, argument)
 
     def call(__self, __context: Context, __obj: object, *args: object, **kwargs: object) -> object:  # noqa: N805 - as in Jinja
+        """`obj(...)`: a macro, or one of SAFE_METHODS."""
         if kwargs:  # where the call stands, which only functions that ask for the context are told
             kwargs.pop("_block_vars", None)
             kwargs.pop("_loop_vars", None)
@@ -109,20 +125,30 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Loader(BaseLoader):
-    """Reads a template, refuses what this module forbids, and inlines the style sheet into `.html` files."""
+    """Reads a template, refuses what this module forbids, and inlines the style sheet into `.html` files.
+
+    What it made is kept, for two environments compile it: here, and in `worker.tracing`.
+    """
 
     def __init__(self, roots: tuple[Path, ...]) -> None:
         self._roots = roots
         self._style: str | None = None
+        self._made: dict[str, str] = {}
 
     def get_source(self, environment: Environment, template: str) -> tuple[str, str, None]:
+        source = self._made.get(template)
+        if source is None:
+            source = self._made[template] = self._make(environment, template)
+        return source, template, None
+
+    def _make(self, environment: Environment, template: str) -> str:
         source = self._read(template)
         refuse(environment, template, source)
         if template.endswith(".html") and "<" in source:
             if self._style is None:
                 self._style = self._read(STYLE)
             source = inline(source, self._style)
-        return source, template, None
+        return source
 
     def _read(self, template: str) -> str:
         # Sentences that both parts of a mail share are written once, as `_base/words.txt`; imported as `words.html`

@@ -1,0 +1,437 @@
+"""A fan-out's mails by renditions: the same bytes as in full, and in full wherever that is not certain."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import structlog
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from subscriptions.catalogue import load_catalogues
+from subscriptions.directory import ContactRow
+from worker import mime
+from worker.events import TYPES, sample
+from worker.fanout import EventRow
+from worker.ledger import Lane
+from worker.links import Links
+from worker.mails import Composer, Due, GroundRow, People, Shape
+from worker.mime import MimeError
+from worker.rendering import Renderer, RenderError
+from worker.renditions import Press
+from worker.settings import load
+
+BEGUN = 1_795_255_200_000_000
+ULID = "01JCV3N6M1Q9T8S7R6P5N4M3K2"
+SETTINGS = load(
+    {
+        "ROLECAST_SENDER": "Vendor Support <support@vendor.example>",
+        "ROLECAST_STATUS_PAGE_URL": "https://status.vendor.example",
+    },
+    folder=Path("/nowhere"),
+)
+CATALOGUES = load_catalogues()
+LINKS = Links(("a key of the test, long enough",), "https://notify.vendor.example")
+COMPOSER = Composer(SETTINGS, CATALOGUES, LINKS)
+SHIPPED = Renderer()
+DIRECT = Shape("email", (("primary_contact", "role_matched"),), (), False)
+COPY = Shape("email", (("support_manager", "additional_by_default"),), (), False)
+BOTH = Shape("email", (("invoice_primary", "role_matched"), ("primary_contact", "role_matched")), (), True)
+ESIGN = Shape("esign_request", (("quote_approver", "role_matched"),), (), False)
+NEVER = ("outage_incident", "maintenance_notice", "approval_request")  # mailed, or by a rendition
+FAN_OUT = [name for name, kind in TYPES.items() if kind.category not in NEVER]
+NOBODY = mime.Email(subject="s", text="", html="", headers=(("X-Rolecast-Event", ULID),), to_name="", to_address="")
+BOUNDARY = mime.frame(NOBODY, b"", b"").boundaries[0].decode()
+HOSTILE = (
+    "", " ", "\x00", "<b>Ada</b>", "\"Ada\" O'Brien & Sons", "=?utf-8?q?A=0D=0ABcc=3A_evil=40x=2Ey?=", ".", ". Ada",
+    "A" * 99, "A" * 600, "ä" * 99, "Zoë Strauß", "日本 太郎", "Ada\r\nBcc: evil@x.test", "a\u2028b", "\ue000", "&amp;",
+    "a  b", "\u3000x", "{{ name }}", 'href="javascript:x', "src=x", "=_", BOUNDARY, "👩\u200d🚀", "Q", "\\",
+    "x" * 40 + " " + "y" * 40, "山田\u3000太郎", "a\u00adb", "\ud800",
+)  # fmt: skip
+
+
+def an_event(type_name: str = "service.notice", **data: Any) -> EventRow:
+    """An event to everybody: a type's sample with other data; a datum of None is taken out."""
+    body = {key: value for key, value in (dict(sample(type_name)["data"]) | data).items() if value is not None}
+    return EventRow(
+        id=7,
+        ulid=ULID,
+        source="/test",
+        ce_id="e1",
+        type=type_name,
+        category=TYPES[type_name].category,
+        class_="operational",
+        lane=Lane(1),
+        scope="all",
+        routing={},
+        data=body,
+        accepted_at=BEGUN,
+        mode="live",
+        not_before=None,
+        expires_at=None,
+        status="accepted",
+        sender_domain="vendor.example",
+        bounce_domain="bounces.vendor.example",
+    )
+
+
+class Audience:
+    """Deliveries as the ledger would give them; every one of another contact and account."""
+
+    def __init__(self) -> None:
+        self.dues: list[Due] = []
+        self.people = People({}, {}, {})
+
+    def add(
+        self,
+        name: str = "Ada",
+        *,
+        email: str = "ada@acme.example",
+        accounts: Sequence[tuple[str, str]] = (("acme", "Acme Corp"),),
+        shape: Shape = DIRECT,
+        place: tuple[str, str] = ("en", "Europe/Berlin"),
+        tried_at: int | None = None,
+    ) -> Due:
+        """One more mail, with a ground for each account (id, name)."""
+        contacts, known = dict(self.people.contacts), dict(self.people.accounts)
+        grounds = []
+        for account, account_name in accounts:
+            number = len(contacts) + 1
+            contacts[number] = ContactRow(
+                number, number, f"c{number}", name, email, email, number, "person", (), None, *place, False, False
+            )
+            known[number] = (account, account_name, "issuetrak")
+            grounds.append(GroundRow(number, number, shape))
+        self.people = People(contacts, known, {})
+        n = len(self.dues) + 1
+        self.dues.append(Due(n, n, n.to_bytes(32, "big"), 0, tried_at, tuple(grounds)))
+        return self.dues[-1]
+
+    def plain(self, count: int, **given: Any) -> Audience:
+        """So many people with plain names."""
+        for number in range(count):
+            self.add(f"Ada {number}", accounts=((f"acme-{number}", f"Acme {number}"),), **given)
+        return self
+
+
+def by_press(press: Press, event: EventRow, audience: Audience, *, eightbit: bool = False) -> list[Any]:
+    """What a press makes of each mail: its bytes, or the kind of its error."""
+    return [
+        outcome(lambda due=due: press.envelope(event, due, audience.people, begun=BEGUN, eightbit=eightbit).body)
+        for due in audience.dues
+    ]
+
+
+def in_full(
+    renderer: Renderer, event: EventRow, audience: Audience, *, composer: Composer = COMPOSER, eightbit: bool = False
+) -> list[Any]:
+    """What a mail is without any press."""
+
+    def body(due: Due) -> bytes:
+        email = renderer.render(composer.mail_of(event, due, audience.people, now=BEGUN))
+        return mime.assemble(email, eightbit=eightbit)
+
+    return [outcome(lambda due=due: body(due)) for due in audience.dues]
+
+
+def outcome(make: Callable[[], bytes]) -> bytes | type[Exception]:
+    try:
+        return make()
+    except (RenderError, MimeError) as error:
+        return type(error)
+
+
+def a_press(renderer: Renderer = SHIPPED, composer: Composer = COMPOSER) -> Press:
+    return Press(composer, renderer, b"k" * 32)
+
+
+@cache
+def with_body(source: str, part: str = "body.html") -> Renderer:
+    """A renderer in which one part of the service notice is an operator's."""
+    folder = Path(_FOLDER.name) / f"t{len(list(Path(_FOLDER.name).iterdir()))}"
+    (folder / "service.notice").mkdir(parents=True)
+    (folder / "service.notice" / part).write_text(source, encoding="utf-8")
+    return Renderer(templates_dir=folder)
+
+
+_FOLDER = TemporaryDirectory()
+
+
+@pytest.fixture
+def logged() -> Iterator[list[Any]]:
+    with structlog.testing.capture_logs() as lines:
+        yield lines
+
+
+# ---------------------------------------------------------------- the same bytes
+
+
+NAMES = st.one_of(st.sampled_from(HOSTILE), st.text(max_size=120), st.sampled_from(["Ada", "Ben"]))
+ACCOUNTS = st.tuples(
+    st.one_of(
+        st.sampled_from(["acme", "ACME", "a.b", "Q", "QQQQ", "x" * 60, "x" * 90, "a b", "ä", "=?x?="]),
+        st.text("abc-_.Q1", min_size=1, max_size=70),
+    ),
+    NAMES,
+)
+SIMPLE = (
+    "Dear {{ name }}, {{ account_name }}", "{{ name or 'you' }} {{ name|default('you') }} {{ 'Dear ' ~ name ~ '!' }}",
+    "{% if name %}<p>{{ name|e }}</p>{% else %}nobody{% endif %}",
+    "{% set who = name %}{% set both = [who, account_name] %}{% for one in both %}<i>{{ one }}</i>{% endfor %}",
+    "{% for ground in grounds %}{{ loop.index }}: {{ ground.account }} {{ ground['account_name'] }}{% endfor %}",
+    "{{ grounds|length }} {{ grounds|map(attribute='account_name')|join(', ') }} {{ (grounds|first).account }}",
+    "{{ 'x' + name }} {{ name is defined }} {{ unsubscribe_url is none }}",
+    "{{ {'a': name}.a }} {{ {'a': name}.get('a') }} {{ {'a': name}.get('b', name) }}",
+    "<a href='{{ grounds[0].preference_url }}'>{{ grounds[0].preference_url|link }}</a>\n.\n{{ name }}\n\n\n\n.",
+    '{% import "_base/words.html" as words %}{{ words.greeting(name) }} {{ words.why(grounds[0], variant) }}',
+    "{% set x %} {{ name }} {% endset %}{{ x }}{% with a = name, b = 1 %}{{ a }}{% endwith %}",
+    "{{ grounds|selectattr('catalogue', 'equalto', 'issuetrak')|list|length }}",
+    "{{ grounds|selectattr('account')|list|length }} {{ grounds|rejectattr('account')|list|length }}",
+    "{{ subject }} {{ data.title }} {{ timezone }} {{ locale }} é " + "long " * 180 + "{{ name }}",
+    "{% for a, b in [(name, 1), ('x', account_name)] if a %}{{ a }}{{ b }}{% endfor %}",
+    "{{ [name][0] }}{{ [name, 1][:1][0] }}{% set a, b = (name, 'x') %}{{ a }}",
+)  # fmt: skip
+COMPUTING = (
+    "{% for (a, b), c in [((name ~ '')[:2], 1)] %}{{ a }}{% endfor %}{% set a, (b, c) = 1, ('x', 'y') %}",
+    "{{ name|upper }}", "{{ name[0] }}", "{{ name[:2] }}", '{% if name == "Ada 2" %}x{% endif %}',
+    "{{ name|length }}", "{% for c in name %}{{ c }}.{% endfor %}", '{{ "x" in name }}', '{{ name in ["Ada 2"] }}',
+    "{{ name|truncate(5) }}", "<p title='{{ name }}'>x</p>", '<a href="https://x.example/?{{ name }}">x</a>',
+    "{{ name.upper() }}", "{{ [name] }}", "{{ (name ~ '')|upper }}", "{{ (name ~ '')[0] }}",
+    "{% if name ~ '' == 'Ada 2' %}x{% endif %}", "{{ grounds }}", "{{ {name ~ '': 1, 'Ada 2': 2}|length }}",
+    "{{ {'Ada 2': 'x'}.get(name, 'y') }}", "{{ {'Ada 2': 'x'}.get(name ~ '', 'y') }}",
+    "{{ 'Ada 2'.startswith(name) }}", "{{ 'Ada 2'.startswith(name ~ '') }}",
+    "{{ [name, 'Ada 2']|unique|list|length }}", "{{ [name, 'Ada 2']|sort|first }}", "{{ [name, 'B']|max }}",
+    "{{ [name, 'B']|join|length }}", "{{ grounds|map(attribute='account')|list|length }}{{ name|int }}",
+    "{% set x %}{{ name }}{% endset %}{{ x|upper }}",
+    "{% set x %}{{ name }}{% endset %}{% for c in x %}{{ c }} {% endfor %}",
+    "{% filter upper %}{{ name }}{% endfilter %}", "{% set a, b = (name ~ '')[:2] %}{{ a }}", "{{ name is string }}",
+    "{% for x in [name] if x == 'Ada 2' %}x{% endfor %}", "{{ name|e|e|urlencode }}", "{{ account_name|trim }}",
+    "{{ 'x' if name > 'Ada 2' else 'y' }}",
+    "{% for a, b in [('x', 'y'), 'xy', account_name[:2]] %}{{ a }}{% endfor %}",
+    '{% import "_base/words.html" as words %}{{ words.greeting(name)|length }}',
+    "{{ grounds[0].preference_url|length }}",
+    '{% import "_base/words.html" as words %}{% if words.greeting(name) == "Hello Ada 2," %}x{% endif %}',
+    "{{ grounds|selectattr('account', 'equalto', 'acme-2')|list|length }}", "{{ 1 if name is eq('Ada 2') else 2 }}",
+)  # fmt: skip
+
+
+@hypothesis_settings(max_examples=120, deadline=None)
+@given(
+    type_name=st.sampled_from(FAN_OUT),
+    source=st.one_of(st.none(), st.sampled_from(SIMPLE), st.sampled_from(COMPUTING)),
+    part=st.sampled_from(["body.txt", "body.html"]),
+    shape=st.sampled_from([DIRECT, COPY, BOTH, ESIGN]),
+    others=st.lists(st.tuples(NAMES, st.lists(ACCOUNTS, min_size=1, max_size=2)), min_size=1, max_size=5),
+    eightbit=st.booleans(),
+    links=st.booleans(),
+    email=st.sampled_from(["ada@acme.example", "ada@bücher.example", "zoë@acme.example", "a" * 60 + "@x.example"]),
+    title=st.sampled_from(["Plain title", "Schöne Grüße", "日本語" * 30, "x" * 190]),
+)
+def test_a_mail_by_a_rendition_has_the_bytes_of_the_same_mail_in_full(
+    type_name, source, part, shape, others, eightbit, links, email, title
+):
+    renderer = SHIPPED if source is None else with_body(source.replace("words.html", f"words{part[4:]}"), part)
+    event = an_event("service.notice" if source is not None else type_name)
+    if "title" in event.data:
+        event = replace(event, data={**event.data, "title": title})
+    composer = COMPOSER if links else Composer(SETTINGS, CATALOGUES, None)
+    audience = Audience().plain(2, shape=shape)
+    for number in range(2):
+        audience.add(accounts=(("first", f"First {number}"), ("second", "Second")), shape=shape)
+    for name, accounts in others:
+        audience.add(name, accounts=accounts, shape=shape, email=email)
+    press = a_press(renderer, composer)
+    with structlog.testing.capture_logs() as lines:
+        made = by_press(press, event, audience, eightbit=eightbit)
+    assert made == in_full(renderer, event, audience, composer=composer, eightbit=eightbit)
+    assert lines == []
+
+
+@pytest.mark.parametrize("type_name", FAN_OUT)
+@pytest.mark.parametrize("eightbit", [False, True])
+def test_every_shipped_type_is_filled_in(type_name, eightbit):
+    event, audience = an_event(type_name), Audience().plain(7)
+    audience.add("Zoë Strauß", tried_at=BEGUN - 5_000_000_000)
+    audience.add("O'Brien & <Sons>", accounts=(("Globex Ltd.", "Glöbex & Co"),))
+    press = a_press()
+    made = by_press(press, event, audience, eightbit=eightbit)
+    assert made == in_full(SHIPPED, event, audience, eightbit=eightbit)
+    assert press.by_rendition >= 5
+    assert any(not body.isascii() for body in made) == eightbit
+    for due, body in zip(audience.dues, made, strict=True):
+        email = SHIPPED.render(COMPOSER.mail_of(event, due, audience.people, now=BEGUN))
+        mime.prove(email, body, eightbit=eightbit)
+
+
+@pytest.mark.parametrize("source", SIMPLE)
+def test_a_template_that_only_says_personal_values_is_filled_in(source):
+    renderer, event, audience = with_body(source), an_event(), Audience().plain(9)
+    audience.add("<Zoë> & 'Co'")
+    press = a_press(renderer)
+    assert by_press(press, event, audience) == in_full(renderer, event, audience)
+    assert press.by_rendition >= 6
+
+
+@pytest.mark.parametrize("source", COMPUTING)
+def test_a_template_that_computes_on_a_personal_value_is_rendered_in_full(source, logged):
+    renderer, event, audience = with_body(source), an_event(), Audience().plain(9)
+    press = a_press(renderer)
+    assert by_press(press, event, audience) == in_full(renderer, event, audience)
+    assert press.by_rendition == 0
+    assert press.in_full == 9
+    assert logged == []
+
+
+@pytest.mark.parametrize("source", ["{{ name }}, {{ data.title }}", "{{ name|e }}, {{ account_name }}" + "!" * 180])
+def test_a_subject_may_hold_the_name(source):
+    renderer, event = with_body(source, "subject.txt"), an_event()
+    audience = Audience().plain(6)
+    for name in HOSTILE:
+        audience.add(name, accounts=(("acme", name),))
+    for eightbit in (False, True):
+        press = a_press(renderer)
+        assert by_press(press, event, audience, eightbit=eightbit) == in_full(
+            renderer, event, audience, eightbit=eightbit
+        )
+        assert press.by_rendition >= 10
+
+
+@pytest.mark.parametrize("eightbit", [False, True])
+def test_hostile_names_are_written_as_in_full(eightbit):
+    for event in (an_event(), an_event("marketing.message"), an_event(body="Schöne Grüße. " * 90)):
+        audience = Audience().plain(3)
+        for name in HOSTILE:
+            audience.add(name)
+            audience.add("Ada", accounts=((f"acme-{len(name)}", name),))
+        press = a_press()
+        made = by_press(press, event, audience, eightbit=eightbit)
+        assert made == in_full(SHIPPED, event, audience, eightbit=eightbit)
+        assert press.by_rendition > len(made) // 2
+        assert all(body.count(b"\r\n--" + BOUNDARY.encode()) <= 3 for body in made)
+
+
+# ---------------------------------------------------------------- kinds of mails
+
+
+def test_mails_of_different_kinds_share_no_rendition():
+    event = an_event(effective_at="2026-12-21T10:00:00Z")
+    audience = Audience()
+    for number in range(40):
+        audience.add(
+            "" if number % 7 == 0 else f"Ada {number}",
+            shape=(DIRECT, COPY, BOTH)[number % 3],
+            place=(("en", "de")[number // 3 % 2], ("UTC", "Europe/Berlin", "Asia/Tokyo")[number // 6 % 3]),
+            accounts=[("acme", "Acme"), ("globex", "Globex")][: 1 + number // 20],
+        )
+    audience.dues *= 4
+    press = a_press()
+    assert by_press(press, event, audience) == in_full(SHIPPED, event, audience)
+    assert press.by_rendition > 40
+
+
+def test_recipients_of_all_time_zones_share_a_rendition_that_tells_no_time():
+    event, audience = an_event(effective_at=None), Audience()
+    for number in range(20):
+        audience.add(f"Ada {number}", place=("en", f"Etc/GMT+{number}"))
+    press = a_press()
+    assert by_press(press, event, audience) == in_full(SHIPPED, event, audience)
+    assert press.by_rendition >= 16
+
+
+def test_an_attachment_is_in_the_mails_of_those_who_may_see_it():
+    mine = {"name": "a.csv", "media_type": "text/csv", "content_base64": "YSxiCg=="}
+    event = an_event("statement.issued", attachments=[mine | {"contact": "c3"}, mine | {"name": "b.csv"}])
+    audience = Audience().plain(8)
+    press = a_press()
+    made = by_press(press, event, audience)
+    assert made == in_full(SHIPPED, event, audience)
+    assert [number for number, body in enumerate(made, 1) if b"a.csv" in body] == [3]
+    assert press.by_rendition >= 5
+
+
+def test_a_mail_to_one_account_and_a_request_are_rendered_in_full():
+    for event in (replace(an_event(), scope="one"), an_event("action.requested", attachments=None)):
+        audience = Audience().plain(5, shape=DIRECT)
+        press = a_press()
+        assert by_press(press, event, audience) == in_full(SHIPPED, event, audience)
+        assert (press.by_rendition, press.in_full) == (0, 5)
+
+
+def test_so_many_kinds_that_they_are_forgotten_are_still_right():
+    event, audience = an_event(effective_at="2026-12-21T10:00:00Z"), Audience()
+    for number in range(300):
+        audience.add(f"Ada {number}", place=("en", f"Zone/{number}"))
+    audience.dues *= 2
+    press = a_press()
+    assert by_press(press, event, audience) == in_full(SHIPPED, event, audience)
+    assert len(press._kinds) <= 256
+
+
+def test_it_is_told_once_which_templates_an_events_variants_were_rendered_with():
+    event = an_event()
+    audience = Audience().plain(5)
+    audience.plain(5, shape=COPY)
+    audience.plain(5, place=("de", "UTC"))
+    press = a_press()
+    by_press(press, event, audience)
+    told = press.told()
+    assert [(one.event_id, one.variant, one.locale) for one in told] == [
+        (7, "direct", "en"), (7, "copy", "en"), (7, "direct", "de"),
+    ]  # fmt: skip
+    assert {one.template_hash for one in told} == {SHIPPED.version(event.type)}
+    assert press.told() == []
+
+
+def test_an_envelope_says_what_the_relay_must_know():
+    audience = Audience().plain(4)
+    audience.add("Zoë", email="zoë@bücher.example")
+    press, event = a_press(), an_event()
+    made = [press.envelope(event, due, audience.people, begun=BEGUN, eightbit=True) for due in audience.dues]
+    assert [(one.smtputf8, one.eightbit) for one in made] == [(False, False)] * 4 + [(True, True)]
+    assert made[3].recipient == "ada@acme.example"
+    assert made[4].recipient == "zoë@xn--bcher-kva.example"
+    assert re.fullmatch(r"b\+[a-z2-7]{10,40}@bounces\.vendor\.example", made[3].sender)
+    assert len({one.sender for one in made}) == 5
+    assert not press.envelope(event, audience.dues[4], audience.people, begun=BEGUN, eightbit=False).eightbit
+
+
+# ---------------------------------------------------------------- the check
+
+
+def test_a_rendition_that_is_wrong_is_found_and_the_right_mail_goes_out(logged):
+    renderer = with_body("{{ name }} {{ data.title|role_title }} sabotaged")
+    said = []
+    for environment in (renderer._environment, renderer._tracing):
+        environment.filters["role_title"] = lambda title: f"{title} {len(said)}"
+    event, audience = an_event(effective_at=None), Audience().plain(30)
+    press = a_press(renderer)
+    before = by_press(press, event, audience)[:9]
+    assert logged == []
+    assert press.by_rendition == 27  # all but the first, the one that the rendition was made from, and the 10th
+    said.append("from now on the filter says something else, and the rendition is stale")
+    audience.dues = audience.dues[:9] * 9
+    after = by_press(press, event, audience)
+    [line] = logged
+    assert (line["event"], line["log_level"], line["event_id"]) == ("rendition.differs", "error", ULID)
+    found = next(at for at, body in enumerate(after) if body != before[at % 9])
+    assert found == 100 - 30 - 1  # the 100th of its kind
+    assert after[found:] == in_full(renderer, event, audience)[found:]
+
+
+def test_a_rendition_that_is_wrong_at_once_fills_no_mail(logged):
+    renderer = with_body("{{ name }} {{ data.title|role_title }} never the same")
+    count = iter(range(1000))
+    renderer._environment.filters["role_title"] = lambda title: f"{title} {next(count)}"
+    renderer._tracing.filters["role_title"] = lambda title: f"{title} traced"
+    press = a_press(renderer)
+    by_press(press, an_event(), Audience().plain(9))
+    assert [line["event"] for line in logged] == ["rendition.differs"]
+    assert press.by_rendition == 0

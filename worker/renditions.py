@@ -1,0 +1,549 @@
+"""Mails of a fan-out, each written by filling what is personal into what is shared.
+
+A *rendition* is the part of an event's mails that all recipients of one kind share: literals, encoded ahead, with
+places for the personal values. It is made at the second mail of its kind, from one rendering with marks
+(`worker.tracing`), and only where that proves that the templates do nothing with a personal value but say it.
+
+Promises: equal input, equal bytes, whether by a rendition or in full. What cannot be proven is rendered in full: a
+template that computes on a value, a value that is no plain piece of one line, a mail whose words hold a boundary. And
+the proof is checked: the first mail of each rendition, its 10th, 100th and each 1,000th are also rendered in full and
+compared byte by byte; where they differ, that is logged as an error, the full mail goes out, and the kind has no
+rendition any more.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any, Final, TypeVar
+
+from markupsafe import escape
+
+from subscriptions.directory import ContactRow
+from worker import logs, mime
+from worker.fanout import EventRow
+from worker.links import bounce_sender, delivery_identity
+from worker.mails import Composer, Due, People, Shape
+from worker.rendering import (
+    FIRST_GROUND,
+    IN_A_GROUND,
+    LABEL,
+    NAME,
+    NOT_IN_HEADERS,
+    NUMBER,
+    OUTPUT_BUDGET,
+    SUBJECT,
+    SUBJECT_LENGTH,
+    UNSUBSCRIBE,
+    Email,
+    Mail,
+    Renderer,
+    RenderError,
+    Traced,
+    date_text,
+    one_line,
+)
+from worker.tracing import Computed, split
+from worker.transaction import Envelope
+
+T = TypeVar("T")
+
+logger = logs.get(__name__)
+
+MOST_KINDS: Final = 256
+#: Kinds of mails that are remembered; a broadcast has about 20, one with 10,000 is rendered in full.
+MOST_OCTETS: Final = 64 * 1024 * 1024
+#: Of all renditions together, with their attachments.
+MOST_PROVEN: Final = 10_000
+LONGEST_VALUE: Final = 250
+#: Characters of a personal value; names have at most 100, subjects 200.
+MOST_TRIES: Final = 5
+#: Mails of a kind whose own values keep a rendition from being made; after that it has none.
+CHECKED: Final = (10, 100, 1_000)
+#: Mails of a kind at which it is rendered in full too, beside its first; after that at each multiple of the last.
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """An event's mails of a variant and locale were rendered with these templates."""
+
+    event_id: int
+    variant: str
+    locale: str
+    template_hash: str
+
+
+@dataclass(slots=True)
+class _Kind:
+    """The mails of an event that differ in personal values alone."""
+
+    shapes: tuple[Shape, ...]  # kept, for their ids stand in the key
+    listed: bool  # they can be opted out of
+    mails: int = 0
+    rendition: Rendition | None = None
+    placed: bool = False  # they have one locale and time zone
+    by_place: bool = False  # those of each locale and time zone are a kind of their own
+    refused: bool = False  # it is known that they must be rendered in full
+    tries: int = 0  # to make a rendition
+    checked_at: int = 0  # mails from which on the next one is checked
+    locales: set[str] = field(default_factory=set)  # those whose first mail was rendered in full
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A mail that was rendered in full."""
+
+    mail: Mail
+    email: Email
+    body: bytes
+
+
+class Press:
+    """Writes the mails of a process. `address_key` signs their envelope senders."""
+
+    def __init__(self, composer: Composer, renderer: Renderer, address_key: bytes) -> None:
+        self._composer = composer
+        self._renderer = renderer
+        self._address_key = address_key
+        self._kinds: OrderedDict[tuple[Any, ...], _Kind] = OrderedDict()
+        self._octets = 0  # of the renditions
+        self._proven: set[tuple[int, str, str]] = set()
+        self._told: list[Told] = []
+        self._nonce = secrets.token_hex(4)
+        self.by_rendition = 0  # mails that were made so
+        self.in_full = 0
+
+    def envelope(self, event: EventRow, due: Due, people: People, *, begun: int, eightbit: bool) -> Envelope:
+        """One mail, to be handed to a relay; `eightbit`: the relay offers 8BITMIME. `begun` is the date of a first try.
+
+        Raises RenderError and MimeError: nothing is wrong with other mails.
+        """
+        contact = people.contacts[due.grounds[0].contact]
+        filled = None
+        if event.scope != "one" and event.category != "approval_request":
+            filled = self._filled(event, due, people, contact, begun=begun, eightbit=eightbit)
+        body = filled if filled is not None else self._full(event, due, people, begun=begun, eightbit=eightbit).body
+        identity = delivery_identity(event.ulid, due.mailbox_key)
+        return Envelope(
+            sender=bounce_sender(self._address_key, event.id, due.n, identity, domain=event.bounce_domain),
+            recipient=mime.wire_address(contact.email),
+            body=body,
+            smtputf8=not contact.email.isascii() and mime.needs_smtputf8(contact.email),
+            eightbit=eightbit and not body.isascii(),
+            clean=filled is not None,
+        )
+
+    def told(self) -> list[Told]:
+        """The variants and locales of events that were rendered since this was last asked."""
+        told, self._told = self._told, []
+        return told
+
+    # ------------------------------------------------------------ in full
+
+    def _full(self, event: EventRow, due: Due, people: People, *, begun: int, eightbit: bool) -> _Whole:
+        """The mail rendered for its recipient alone; the first of each variant and locale is read back."""
+        mail = self._composer.mail_of(event, due, people, now=begun)
+        email = self._renderer.render(mail)
+        body = mime.assemble(email, eightbit=eightbit)
+        self.in_full += 1
+        variant = (event.id, mail.variant, mail.locale)
+        if variant not in self._proven:
+            mime.prove(email, body, eightbit=eightbit)
+            if len(self._proven) >= MOST_PROVEN:
+                self._proven.clear()
+            self._proven.add(variant)
+            self._told.append(Told(*variant, self._renderer.version(event.type)))
+        return _Whole(mail, email, body)
+
+    # ------------------------------------------------------------ by a rendition
+
+    def _filled(
+        self, event: EventRow, due: Due, people: People, contact: ContactRow, *, begun: int, eightbit: bool
+    ) -> bytes | None:
+        """The mail by the rendition of its kind; None where it must be rendered in full."""
+        kind = self._kind_of(event, due, people, contact, eightbit=eightbit)
+        kind.mails += 1
+        if kind.refused or contact.locale not in kind.locales:
+            kind.locales.add(contact.locale)
+            return None
+        values = self._composer.personal(event, due, people, listed=kind.listed)
+        if bool(values[NAME]) != bool(contact.name):
+            return None  # a name of blanks alone: the kind's others have one
+        if kind.rendition is None:
+            return self._first(event, due, people, kind, values, begun=begun, eightbit=eightbit)
+        body = kind.rendition.write(values, contact.email, _seconds(due, begun), eightbit=eightbit)
+        if body is None:
+            return None
+        if kind.mails >= kind.checked_at:
+            whole = self._full(event, due, people, begun=begun, eightbit=eightbit)
+            self._check(event, due, kind, body, whole)
+            return whole.body
+        self.by_rendition += 1
+        return body
+
+    def _kind_of(self, event: EventRow, due: Due, people: People, contact: ContactRow, *, eightbit: bool) -> _Kind:
+        """The kind of a mail: all that its words depend on but the personal values."""
+        grounds, accounts = due.grounds, people.accounts
+        first = grounds[0]
+        key: tuple[Any, ...] = (
+            event.ulid, event.sender_domain, eightbit, bool(contact.name), id(first.shape), accounts[first.account][2],
+        )  # fmt: skip
+        if len(grounds) > 1:
+            key += tuple((id(one.shape), accounts[one.account][2]) for one in grounds[1:])
+        if event.data.get("attachments"):
+            key += (self._composer.attachments_seen(event, due, people),)
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._remember(key, self._new_kind(event, due, people))
+        else:
+            self._kinds.move_to_end(key)
+        if kind.by_place:
+            key += (contact.locale, contact.timezone)
+            placed = self._kinds.get(key)
+            if placed is None:
+                return self._remember(key, self._new_kind(event, due, people, placed=True))
+            self._kinds.move_to_end(key)
+            return placed
+        return kind
+
+    def _new_kind(self, event: EventRow, due: Due, people: People, *, placed: bool = False) -> _Kind:
+        listed = self._composer.links is not None and self._composer.can_opt_out(event, due, people)
+        return _Kind(tuple(ground.shape for ground in due.grounds), listed, placed=placed)
+
+    def _remember(self, key: tuple[Any, ...], kind: _Kind) -> _Kind:
+        self._kinds[key] = kind
+        while len(self._kinds) > MOST_KINDS or (self._octets > MOST_OCTETS and len(self._kinds) > 1):
+            _, forgotten = self._kinds.popitem(last=False)
+            self._octets -= forgotten.rendition.octets if forgotten.rendition is not None else 0
+        return kind
+
+    def _first(
+        self, event: EventRow, due: Due, people: People, kind: _Kind, values: list[str], *, begun: int, eightbit: bool
+    ) -> bytes:
+        """A mail in full, from which its kind gets a rendition where the templates allow one."""
+        whole = self._full(event, due, people, begun=begun, eightbit=eightbit)
+        made = self._made(whole, kind, values)
+        if made is None:
+            return whole.body
+        body = made.write(values, whole.mail.to_address, _seconds(due, begun), eightbit=eightbit)
+        if body is not None:
+            kind.rendition = made
+            self._octets += made.octets
+            self._check(event, due, kind, body, whole)
+            mime.prove(whole.email, whole.body, eightbit=eightbit)
+        return whole.body
+
+    def _made(self, whole: _Whole, kind: _Kind, values: Sequence[str]) -> Rendition | None:
+        """A new rendition for a kind; None where the templates allow none."""
+        kind.tries += 1
+        kind.refused = kind.tries >= MOST_TRIES
+        places = range(FIRST_GROUND + 2, len(values), IN_A_GROUND)
+        tokens = {place: values[place] for place in (UNSUBSCRIBE, NUMBER, *places)}
+        try:
+            traced = self._renderer.trace(whole.mail, tokens=tokens, nonce=self._nonce)
+            if traced.by_place and not kind.placed:
+                kind.by_place = True
+                return None
+            return Rendition(traced, whole.email, self._nonce, grounds=len(whole.mail.grounds))
+        except (Computed, RenderError, mime.MimeError):
+            kind.refused = True
+            return None
+
+    def _check(self, event: EventRow, due: Due, kind: _Kind, body: bytes, whole: _Whole) -> None:
+        """Compare a mail with itself in full; where they differ the kind has no rendition any more."""
+        last = CHECKED[-1]
+        further = (kind.mails // last + 1) * last
+        kind.checked_at = next((count for count in CHECKED if count > kind.mails), further)
+        if body == whole.body:
+            return
+        place = next((at for at, (a, b) in enumerate(zip(body, whole.body, strict=False)) if a != b), len(whole.body))
+        logger.error("rendition.differs", event_id=event.ulid, n=due.n, octet=place, what_next="it is rendered in full")
+        self._octets -= kind.rendition.octets if kind.rendition is not None else 0
+        kind.rendition, kind.refused = None, True
+
+
+def _seconds(due: Due, begun: int) -> int:
+    """The date of a mail, seconds since 1970: when it was first tried."""
+    return (due.first_flight_at or begun) // 1_000_000
+
+
+# ---------------------------------------------------------------- renditions
+
+
+class Rendition:
+    """What the mails of a kind share, and where their personal values go. Raises Computed where that is not certain."""
+
+    def __init__(self, traced: Traced, email: Email, nonce: str, *, grounds: int) -> None:
+        forms: dict[tuple[int, int], int] = {}  # (place, how often escaped) -> slot
+        self._subject = split(traced.subject, nonce)
+        _refuse_marks("plain", *self._subject)
+        self._plain = _Text("plain", traced.text, nonce, forms)
+        self._html = _Text("html", traced.html, nonce, forms)
+        self._forms = tuple((place, bool(level), not _is_token(place)) for place, level in forms)
+        self._frame = mime.frame(email, self._plain.shared, self._html.shared)
+        self._doubtful = self._plain.doubtful or self._html.doubtful  # whether a boundary must be looked for in each
+        if not self._frame.first:
+            raise Computed("a text or a file holds a boundary")
+        fixed = None if self._subject[1] else mime.header("Subject", email.subject).encode()
+        self._head = _Head(traced.headers, fixed, nonce, grounds=grounds)
+        if fixed is not None and traced.subject != email.subject:
+            raise Computed("the subject is another without marks")
+        self.octets = 3 * (self._plain.size + self._html.size) + len(self._frame.after)
+
+    def write(self, values: list[str], address: str, seconds: int, *, eightbit: bool) -> bytes | None:
+        """The mail with these values (as `Composer.personal` gives them); None where it must be rendered in full."""
+        literals, marks = self._subject
+        if marks:
+            said = [str(escape(values[place])) if level else values[place] for place, level in marks]
+            values[SUBJECT] = one_line("".join(_woven(literals, said)), SUBJECT_LENGTH)
+            if not values[SUBJECT] or max(map(len, said)) > LONGEST_VALUE:
+                return None
+        filled = []
+        doubtful = self._doubtful
+        for place, escaped, chosen in self._forms:
+            value = values[place]
+            if chosen and not (  # by people: any text
+                0 < len(value) <= LONGEST_VALUE
+                and value == value.strip()
+                and (value.isprintable() or not NOT_IN_HEADERS.search(value))
+            ):
+                return None
+            octets = value.encode()
+            if chosen:
+                doubtful = doubtful or b"=" in octets
+                if escaped and len(octets.translate(None, _SPECIAL)) != len(octets):
+                    octets = escape(value).encode()
+            filled.append(octets)
+        plain, plain_head = self._plain.write(filled, eightbit=eightbit)
+        html, html_head = self._html.write(filled, eightbit=eightbit)
+        frame = self._frame
+        if doubtful and any(boundary in plain or boundary in html for boundary in frame.boundaries):
+            return None
+        head = self._head.write(values, address, seconds)
+        return b"".join((head, frame.before, plain_head, plain, frame.between, html_head, html, frame.after))
+
+
+_SPECIAL: Final = b"&<>\"'"
+
+
+def _is_token(place: int) -> bool:
+    """Whether the value at a place is made of letters, digits, `-` and `_`; people choose the others."""
+    return place == UNSUBSCRIBE or (place >= FIRST_GROUND and (place - FIRST_GROUND) % IN_A_GROUND == 2)
+
+
+class _Text:
+    """One of the two texts of a rendition: octets around the personal values."""
+
+    def __init__(self, subtype: str, text: str, nonce: str, forms: dict[tuple[int, int], int]) -> None:
+        texts, marks = split(text, nonce)
+        self.size = len(text)
+        _refuse_marks(subtype, texts, marks)
+        literals = [mime.wire_octets(literal) for literal in texts]
+        # Escaping changes no token, so that it has one form.
+        slots = [forms.setdefault((place, level and not _is_token(place)), len(forms)) for place, level in marks]
+        self.shared = b"\0".join(literals)
+        self.doubtful = any(map(_BEGUN_BOUNDARY.search, texts[:-1]))
+        self._heads = {name: mime.text_part(subtype, b"", name) for name in _ENCODINGS}
+        self._literals = literals
+        self._order = (
+            itemgetter(*_woven(range(len(literals)), [len(literals) + slot for slot in slots])) if slots else None
+        )
+        self._controls = any(map(mime.has_controls, literals))
+        self._lines = _lines(literals, slots)
+        self._literal_size = sum(map(len, literals))
+        lengths = [(_octets_of(line), tuple(piece for piece in line if isinstance(piece, int))) for line in self._lines]
+        self._widest = max(length for length, _ in lengths)
+        self._widest_shared = max((length for length, own in lengths if not own), default=0)
+        self._personal_lines = [(length, own) for length, own in lengths if own]
+        self._quoted: list[bytes | list[bytes | int]] | None = None
+
+    def write(self, values: Sequence[bytes], *, eightbit: bool) -> tuple[bytes, bytes]:
+        """The text with these values as it is sent, and the headers that say how: what `mime.encoded_body` says."""
+        octets = b"".join(self._order((*self._literals, *values))) if self._order is not None else self._literals[0]
+        is_ascii = octets.isascii()
+        if (eightbit or is_ascii) and not self._controls and self._lines_fit(values, len(octets)):
+            return octets, self._heads[b"7bit" if is_ascii else b"8bit"]
+        encoded, name = mime.encoded_octets(octets, lambda: self._in_quoted(values))
+        return encoded, self._heads[name]
+
+    def _lines_fit(self, values: Sequence[bytes], size: int) -> bool:
+        if self._widest + size - self._literal_size <= mime.LONGEST_LINE:
+            return True  # even if all values stood in the longest line
+        return self._widest_shared <= mime.LONGEST_LINE and all(
+            length + sum(len(values[slot]) for slot in slots) <= mime.LONGEST_LINE
+            for length, slots in self._personal_lines
+        )
+
+    def _in_quoted(self, values: Sequence[bytes]) -> bytes:
+        """Quoted-printable, in which the lines that all share are encoded once."""
+        if self._quoted is None:
+            self._quoted = _shared_encoded(self._lines[:-1])  # behind the last line end stands nothing
+        return b"".join(
+            piece if isinstance(piece, bytes) else mime.quoted_lines(_line(piece, values)) for piece in self._quoted
+        )
+
+
+_ENCODINGS: Final = (b"7bit", b"8bit", b"quoted-printable", b"base64")
+
+
+def _refuse_marks(subtype: str, texts: Sequence[str], marks: Sequence[tuple[int, int]]) -> None:
+    """Raises Computed where what is done to a whole text, in full, could be another thing for another value."""
+    if len(marks) * LONGEST_VALUE * len("&#34;") > OUTPUT_BUDGET // 2:
+        raise Computed("a text has so many personal values that it could grow beyond its budget")
+    in_tag = False
+    for text, (place, level) in zip(texts, marks, strict=False):
+        opened, closed = text.rfind("<"), text.rfind(">")
+        in_tag = opened > closed if max(opened, closed) >= 0 else in_tag
+        if level > 1 or (subtype == "html" and not _is_token(place) and (in_tag or level != 1)):
+            raise Computed("a personal value stands in a tag, or is escaped otherwise than once")
+
+
+# A boundary is `=_` and hexadecimal digits (mime.frame), and stands in no shared text. So it can stand in a mail only
+# where a value holds its `=`, or where one follows a text that ends like this.
+_BEGUN_BOUNDARY: Final = re.compile(r"=(?:_[0-9a-f]*)?\Z")
+
+
+def _woven(literals: Sequence[T], between: Sequence[T]) -> list[T]:
+    """A literal, what stands behind it, a literal, and so on to the last literal."""
+    return [piece for pair in zip(literals, [*between, literals[0]], strict=True) for piece in pair][:-1]
+
+
+def _lines(literals: Sequence[bytes], slots: Sequence[int]) -> list[list[bytes | int]]:
+    """The lines of a text without their ends, each as octets and slots."""
+    lines: list[list[bytes | int]] = [[]]
+    for literal, slot in zip(literals, [*slots, None], strict=True):
+        first, *others = literal.split(b"\r\n")
+        lines[-1].append(first)
+        lines += [[other] for other in others]
+        if slot is not None:
+            lines[-1].append(slot)
+    return lines
+
+
+def _octets_of(line: Sequence[bytes | int]) -> int:
+    return sum(len(piece) for piece in line if isinstance(piece, bytes))
+
+
+def _line(pieces: Sequence[bytes | int], values: Sequence[bytes]) -> bytes:
+    return b"".join([piece if isinstance(piece, bytes) else values[piece] for piece in pieces]) + b"\r\n"
+
+
+def _shared_encoded(lines: Sequence[list[bytes | int]]) -> list[bytes | list[bytes | int]]:
+    """The lines of a text, those that all mails share as quoted-printable."""
+    made: list[bytes | list[bytes | int]] = []
+    for line in lines:
+        if any(isinstance(piece, int) for piece in line):
+            made.append(line)
+            continue
+        encoded = mime.quoted_lines(_line(line, ()))
+        if made and isinstance(made[-1], bytes):
+            made[-1] += encoded
+        else:
+            made.append(encoded)
+    return made
+
+
+# ---------------------------------------------------------------- headers
+
+_PLAIN_WORD: Final = re.compile(r"[A-Za-z0-9_.-]{1,80}")
+_DATE, _TO, _SUBJECT = -1, -2, -3  # lines that are written for each mail
+# Plain words that stand where the personal ones will: no header has one of them by itself.
+_STAND_INS: Final[dict[int, str]] = {NUMBER: "NzNzNz", UNSUBSCRIBE: "UxUxUx"}
+
+
+class _Head:
+    """The headers of a rendition.
+
+    How a header is folded depends on its value's length. So for each length of an account's id the headers are written
+    once by `mime.header` with a stand-in of that length, which later gives way to the id; what is no plain word, and
+    the mails with several grounds, have their headers written each time.
+    """
+
+    def __init__(self, headers: Sequence[tuple[str, str]], subject: bytes | None, nonce: str, *, grounds: int) -> None:
+        self._headers = [(name, *split(value, nonce)) for name, value in headers]
+        self._subject = subject
+        self._one_ground = grounds == 1
+        self._layouts: dict[int, tuple[list[bytes], itemgetter[Any]] | None] = {}
+
+    def write(self, values: Sequence[str], address: str, seconds: int) -> bytes:
+        """The whole header block but for those of MIME. Raises MimeError."""
+        account = values[FIRST_GROUND]
+        layout = None
+        if self._one_ground and values[LABEL] in ("", account) and _PLAIN_WORD.fullmatch(account):
+            if len(account) not in self._layouts:
+                self._layouts[len(account)] = self._layout(len(account))
+            layout = self._layouts[len(account)]
+        date = _date_line(seconds)
+        to = mime.mailbox_header("To", values[NAME], address).encode()
+        subject = self._subject if self._subject is not None else mime.header("Subject", values[SUBJECT]).encode()
+        if layout is None:
+            return self._written(values, date, to, subject)
+        literals, order = layout
+        number, token = values[NUMBER].encode(), values[UNSUBSCRIBE].encode()
+        return b"".join(order((*literals, date, to, subject, number, token, account.encode())))
+
+    def _written(self, values: Sequence[str], date: bytes, to: bytes, subject: bytes) -> bytes:
+        lines = []
+        for name, literals, marks in self._headers:
+            if name == "Date":
+                lines.append(date)
+                continue
+            value = "".join(_woven(literals, [values[place] for place, _ in marks]))
+            lines.append(mime.header(name, value).encode())
+            if name == "From":
+                lines += [to, subject]
+        return b"".join(lines)
+
+    def _layout(self, length: int) -> tuple[list[bytes], itemgetter[Any]] | None:
+        """Literals, and the order in which they and the personal words make the headers; None where none is certain."""
+        account = "Q" * length
+        words = _STAND_INS | {FIRST_GROUND: account, LABEL: account}
+        pieces: list[bytes | int] = []
+        for name, literals, marks in self._headers:
+            if name == "Date":
+                pieces.append(_DATE)
+                continue
+            stand_ins = [words[place] for place, _ in marks]
+            value = "".join(_woven(literals, stand_ins))
+            line = mime.header(name, value)
+            found = re.split(f"({'|'.join(set(stand_ins))})", line) if stand_ins else [line]
+            of_any_length = account not in stand_ins
+            if found[1::2] != stand_ins or (stand_ins and of_any_length and (" " in value or len(line) > 800)):
+                return None
+            pieces.append(found[0].encode())
+            for (place, _), literal in zip(marks, found[2::2], strict=True):
+                pieces += [FIRST_GROUND if place == LABEL else place, literal.encode()]
+            if name == "From":
+                pieces += [_TO, _SUBJECT]
+        return _ordered(pieces)
+
+
+def _ordered(pieces: Sequence[bytes | int]) -> tuple[list[bytes], itemgetter[Any]]:
+    """The literals joined where they stand together, and the order of them and the words behind them."""
+    literals: list[bytes] = []
+    order: list[int | tuple[int]] = []
+    before: bytes | int = -9
+    for piece in pieces:
+        if isinstance(piece, int):
+            order.append((piece,))
+        elif isinstance(before, bytes):
+            literals[-1] += piece
+        else:
+            order.append(len(literals))
+            literals.append(piece)
+        before = piece
+    words = (_DATE, _TO, _SUBJECT, NUMBER, UNSUBSCRIBE, FIRST_GROUND)
+    return literals, itemgetter(
+        *(len(literals) + words.index(one[0]) if isinstance(one, tuple) else one for one in order)
+    )
+
+
+@lru_cache(maxsize=64)
+def _date_line(seconds: int) -> bytes:
+    return mime.header("Date", date_text(datetime.fromtimestamp(seconds, UTC))).encode()
