@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -120,6 +121,19 @@ def test_what_lives_on_the_loop_is_opened_before_the_first_slice_and_closed_afte
         enqueue(broker, Lane.NORMAL, [1])
         deliveries.wait_for(1)
     assert (deliveries.opened, deliveries.closed) == (1, 1)
+
+
+def test_the_loop_is_the_quick_one_where_it_is_installed(deliveries: Deliveries) -> None:
+    uvloop = pytest.importorskip("uvloop")
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def opening() -> None:
+        loops.append(asyncio.get_running_loop())
+
+    broker = make_broker("memory://", [Loop(opening, deliveries.closing)])
+    with working(broker):
+        assert isinstance(loops[0], uvloop.Loop)
+    assert loops[0].is_closed()
 
 
 def test_a_worker_whose_relay_can_not_be_opened_does_not_start() -> None:

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from subscriptions.database import Database
+from subscriptions.schema import accounts
 from tests.house import (
     ACME,
     CLI,
@@ -189,6 +190,70 @@ def test_a_dry_run_answers_as_the_acceptance_would_and_stores_nothing(tmp_path: 
             ("acme", "deliver"),
         ]
         assert count(app, events) == 0
+
+
+def test_a_fact_whose_account_has_gone_since_is_still_known(tmp_path: Path) -> None:
+    with house(tmp_path, ACME) as app:
+        first = publish(app, event("invoice.issued"))[0]
+        with app.database.write() as connection:
+            connection.execute(update(accounts).values(removed_at=NOW))
+        again = publish(app, event("invoice.issued"))[0]
+        assert (again.duplicate, again.event, again.outcome) == (True, first.event, first.outcome)
+        with pytest.raises(Refused, match="needs a new id"):
+            publish(app, event("invoice.issued", amount="9.99"))
+        with pytest.raises(Refused, match="does not have"):
+            publish(app, event("invoice.issued", id="new"))
+
+
+def test_concurrent_publishers_of_different_facts_under_one_id_are_one_event_and_conflicts(
+    database: Database, tmp_path: Path
+) -> None:
+    app = app_on(database, tmp_path)
+    import_accounts(app, [ACME])
+
+    def one(number: int) -> str:
+        try:
+            return "known" if publish(app, event("invoice.issued", amount=f"{number % 2}.00"))[0].duplicate else "first"
+        except Refused as refused:
+            return refused.faults[0].kind
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(one, range(40)))
+    assert sorted(set(answers)) == ["conflict", "first", "known"]
+    assert (answers.count("first"), answers.count("known"), answers.count("conflict")) == (1, 19, 20)
+    assert (count(app, events), count(app, deliveries), count(app, slices)) == (1, 1, 1)
+
+
+def test_an_event_remembers_the_guard_as_it_stood_before_anything_was_looked_up(
+    database: Database, tmp_path: Path
+) -> None:
+    app = app_on(database, tmp_path)
+    import_accounts(app, [ACME])
+    with database.write() as connection:
+        ledger.raise_guard(connection)
+        before = ledger.guard(connection)
+    publish(app, event("invoice.issued"), event("invoice.issued", id="later", not_before="2026-11-22T10:00:00Z"))
+    with database.read() as connection:
+        rows = connection.execute(select(events.c.status, events.c.guard_at_plan).order_by(events.c.id)).all()
+    assert [tuple(row) for row in rows] == [("sending", before), ("accepted", 0)]
+
+
+def test_events_for_many_accounts_in_one_call_find_each_its_own(database: Database, tmp_path: Path) -> None:
+    app = app_on(database, tmp_path)
+    import_accounts(app, [{**ACME, "id": f"a{number}"} for number in range(30)] + [GLOBEX])
+    batch = [event("invoice.issued", id=f"e{n}", account=f"a{n % 30}") for n in range(60)]
+    answers = publish(app, *batch, event("quote.issued", id="q", account="globex"))
+    assert {answer.outcome for answer in answers} == {"deliver"}
+    with database.read() as connection:
+        found = connection.execute(
+            select(accounts.c.ext, func.count())
+            .join(deliveries, deliveries.c.account_id == accounts.c.id)
+            .group_by(accounts.c.ext)
+        ).all()
+    assert dict(tuple(row) for row in found) == {f"a{number}": 2 for number in range(30)} | {"globex": 1}
+    with pytest.raises(Refused) as refused:
+        publish(app, event("invoice.issued", id="x", account="a1"), event("invoice.issued", id="y", account="a99"))
+    assert [(fault.index, fault.pointer) for fault in refused.value.faults] == [(1, "/data/account")]
 
 
 def test_acceptance_works_alike_on_both_databases(database: Database, tmp_path: Path) -> None:

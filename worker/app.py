@@ -11,21 +11,22 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import dramatiq
 from dramatiq.broker import Broker
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 
 from subscriptions import schema
 from subscriptions.catalogue import Catalogue, CatalogueError, load_catalogues
 from subscriptions.database import STALL_SECONDS, Clock, Database, DatabaseUnusable
 from worker import actors, feeding, leases, logs, migrate, notices, restore
-from worker.broker import QUEUES, HardenedRedisBroker, Loop, make_broker
+from worker.broker import QUEUES, HardenedRedisBroker, Loop, make_broker, redis_client
 from worker.delivery import Sender
 from worker.fanout import Planner
 from worker.heartbeat import Heartbeat
@@ -41,12 +42,15 @@ from worker.settings import Settings
 from worker.settler import Settler
 from worker.sharedfeed import SharedFeed
 from worker.statuspage import StatusPage
+from worker.waking import DUE, PLAN, QUEUED, Bell, Listener
 from worker.writer import Writer
 
 logger = logs.get(__name__)
 
 AHEAD = 8
 #: Messages of a lane of small slices that a process takes ahead, for each one that it works on.
+IDLE_MILLISECONDS = {True: 100, False: 500}
+#: How often an idle thread looks whether it is to end: with a queue of our own, and on Redis.
 STOP_SECONDS = 25
 #: How long a stop waits for the flights in hand: less than a container's grace of 30.
 
@@ -80,6 +84,21 @@ class App:
     def renderer(self) -> Renderer:
         """What renders mails."""
         return Renderer(templates_dir=self.settings.templates_dir)
+
+
+@contextmanager
+def telling_workers(app: App) -> Iterator[None]:
+    """Tell the workers of other processes what this one accepts, at once and at no cost; with memory:// they look."""
+    if app.settings.broker_url == "memory://":
+        yield
+        return
+    bell = Bell(partial(redis_client, app.settings.broker_url))
+    bell.start()
+    app.intake.wake = bell.ring
+    try:
+        yield
+    finally:
+        bell.stop()
 
 
 @contextmanager
@@ -146,6 +165,11 @@ class Engine:
     _relays: Relays = field(default_factory=lambda: Relays(()))
     _in_hand: set[int] = field(default_factory=set)
     _worked: bool = False  # since the last heartbeat
+    _wide: Mapping[Lane, int] = field(default_factory=dict)  # how many slices of a lane are worked on at once
+    _direct: set[asyncio.Task[None]] = field(default_factory=set)  # slices that came straight from intake
+    _ends_at: float = 0.0  # by then flights in hand have ended, or are given up
+    _bell: Bell | None = None
+    _listener: Listener | None = None
 
     def start(self) -> None:
         """Take the right to work, and begin. Raises `AnotherWorks`, `restore.OlderDatabase`, `DatabaseUnusable`."""
@@ -214,7 +238,11 @@ class Engine:
         loop = Loop(self._opened, self._closing)
         self._broker = make_broker(settings.broker_url, [loop], client=self.broker_client)
         actors.declare(self._broker, self._deliver)
-        width = self._width()
+        width = self._wide = self._width()
+        if not self.alone:
+            connect = partial(redis_client, settings.broker_url)
+            self._bell = Bell(connect)
+            self._listener = Listener(connect, self._heard)
         self._scheduler = Scheduler(
             database=database,
             broker=self._broker,
@@ -232,16 +260,21 @@ class Engine:
             pause_relays=self._pause_relays,
             relay_problems=lambda: {relay.name: relay.problem for relay in self._relays.all},
             tell_operators=self._tell_operators,
+            hears=lambda: self._listener is not None and self._listener.hears,
+            deliver=self.deliver,
+            tell=self._tell,
             sends=bool(settings.relay_urls),
         )
-        self.app.intake.wake = self._scheduler.wake
+        self.app.intake.wake = self._accepted
+        if settings.relay_urls:
+            self.app.intake.hands = self
         if self.alone:
             self._scheduler.forget_queue()
         self._dramatiq = dramatiq.Worker(
             self._broker,
             queues={queue for lane, queue in QUEUES.items() if lane in self.lanes},
             worker_threads=sum(width.values()),
-            worker_timeout=100,
+            worker_timeout=IDLE_MILLISECONDS[self.alone],
         )
         if isinstance(self._broker, HardenedRedisBroker):
             # As many as are worked on: what one lane takes ahead keeps threads from the others, and what one process
@@ -251,6 +284,9 @@ class Engine:
         self._broker.emit_after("process_boot")
         self._dramatiq.start()
         self._scheduler.start()
+        if self._bell is not None and self._listener is not None:
+            self._bell.start()
+            self._listener.start()
 
     def _width(self) -> dict[Lane, int]:
         """How many slices of each lane are worked on at once: some threads stay free of bulk."""
@@ -285,6 +321,47 @@ class Engine:
         for relay in self._relays.all:
             relay.paused = relay.name in names
 
+    # ------------------------------------------------------------ what is due is told, and begun at once
+
+    def _tell(self, words: Collection[str]) -> None:
+        if self._bell is not None:
+            self._bell.ring(words)
+
+    def _accepted(self, words: Collection[str]) -> None:
+        """Something that is due was committed in this process."""
+        self.wake()
+        self._tell(words)
+
+    def _heard(self, words: Collection[str]) -> None:
+        """Another process told what it did."""
+        for lane in self.lanes:
+            if QUEUED[lane] in words and isinstance(self._broker, HardenedRedisBroker):
+                self._broker.look(lane)
+        if PLAN in words or any(DUE[lane] in words for lane in self.lanes):
+            self.wake()
+
+    def room(self, connection: Connection, lane: Lane, class_: str, *, now: int) -> bool:
+        """Whether a slice may be begun without the queue (see `intake.Hands`)."""
+        return (
+            lane in self.lanes
+            and self.may_send()
+            and feeding.room_at_once(connection, lane, class_, width=self._wide[lane], now=now)
+        )
+
+    def deliver(self, slice_ids: Sequence[int]) -> None:
+        """Begin slices that are marked as queued; one that can't be begun any more is queued again by `rescue`."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._begin, slice_ids)
+
+    def _begin(self, slice_ids: Sequence[int]) -> None:
+        if not self.may_send():
+            return
+        for slice_id in slice_ids:
+            task = asyncio.create_task(self._deliver(slice_id))
+            self._direct.add(task)
+            task.add_done_callback(self._direct.discard)
+
     async def _deliver(self, slice_id: int) -> None:
         assert self._sender is not None
         if slice_id in self._in_hand:  # a second message for the same slice
@@ -297,8 +374,8 @@ class Engine:
             logger.warning("database.unusable", why=str(error), what_next="the slice is queued again")
         finally:
             self._in_hand.discard(slice_id)
-            if self._scheduler is not None:
-                self._scheduler.wake()
+            if self._scheduler is not None and self._scheduler.crowded:
+                self._scheduler.wake()  # there is room for one that waits
 
     def _tell_operators(self) -> None:
         """Tell operators what needs a person, where there is something new; the next look tells what failed here."""
@@ -320,6 +397,8 @@ class Engine:
             logger.warning("database.unusable", why=str(error), tried_again_in_seconds=NOTICE_SECONDS)
 
     async def _closing(self) -> None:
+        if self._direct:
+            await asyncio.wait(self._direct, timeout=max(0.0, self._ends_at - time.monotonic()))
         if self._sender is not None:
             self._sender.settler.flush()
         await self._relays.close()
@@ -384,8 +463,12 @@ class Engine:
 
         Never raises: what can't be given back now, because the database is away, is freed by whoever comes next.
         """
+        self.app.intake.hands = None
+        self._ends_at = time.monotonic() + STOP_SECONDS
         if self._scheduler is not None:
             self._scheduler.stop()
+        if self._listener is not None:
+            self._listener.stop()
         if self._dramatiq is not None:
             self._dramatiq.stop(timeout=STOP_SECONDS * 1000)
         if self._writer is not None:
@@ -401,6 +484,8 @@ class Engine:
                     leases.leave(connection, self.number)
             except DatabaseUnusable as error:
                 logger.warning("database.unusable", why=str(error), what_next="another worker frees what is left")
+        if self._bell is not None:
+            self._bell.stop()
         if self._broker is not None:
             self._broker.close()
         if self._lock is not None:

@@ -6,8 +6,11 @@ when it fails over or stalls. There are no delays, no retries with back-off, no 
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 import uuid
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -18,6 +21,7 @@ from dramatiq.asyncio import EventLoopThread, get_event_loop_thread, set_event_l
 from dramatiq.broker import Broker
 from dramatiq.brokers.redis import RedisBroker, _RedisConsumer
 from dramatiq.brokers.stub import StubBroker
+from dramatiq.common import compute_backoff
 from dramatiq.errors import ConnectionClosed
 from dramatiq.middleware import AsyncIO, Middleware, Retries
 from dramatiq.middleware.middleware import MiddlewareError
@@ -26,6 +30,11 @@ from redis.retry import Retry
 
 from worker import logs
 from worker.ledger import Lane
+from worker.waking import CHANNEL, QUEUED
+
+new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+with suppress(ModuleNotFoundError):  # an extra, which not every system has
+    from uvloop import new_event_loop
 
 logger = logs.get(__name__)
 
@@ -36,6 +45,10 @@ MAINTENANCE_CHANCE = 50_000
 #: Per million commands: dramatiq looks after dead workers' messages that often (its default is far too seldom).
 DEAD_MESSAGE_MILLISECONDS = 3_600_000
 #: Dead letters are worthless where the ledger is the truth.
+QUIET_MILLISECONDS = 5_000
+#: How often a queue of delayed messages is looked at: nothing of ours is ever delayed.
+ENDING_SECONDS = 0.05
+#: The same for all queues while the process ends.
 
 
 class Loop(AsyncIO):
@@ -52,6 +65,8 @@ class Loop(AsyncIO):
     def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
         """Start the loop, then what lives on it; a failure ends the process instead of being swallowed."""
         thread = EventLoopThread(self.logger)
+        thread.loop.close()
+        thread.loop = new_event_loop()
         thread.daemon = True  # a second SIGTERM must not hang on it
         try:
             thread.start(timeout=10)
@@ -59,6 +74,11 @@ class Loop(AsyncIO):
             thread.run_coroutine(self._opened())
         except Exception as error:
             raise MiddlewareError(str(error)) from error
+
+    def before_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        """Let no consumer sleep on."""
+        if isinstance(broker, HardenedRedisBroker):
+            broker.end_rests()
 
     def after_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
         """End what lives on the loop, then the loop."""
@@ -71,18 +91,30 @@ class Loop(AsyncIO):
 class _Consumer(_RedisConsumer):
     """Every error of Redis becomes a closed connection, which dramatiq's worker threads survive (queue.md, 9).
 
-    What stands in the queue and is not ours is dropped: anybody who reaches the server can put anything there.
+    What stands in the queue and is not ours is dropped: anybody who reaches the server can put anything there. Where
+    there is nothing to do it rests as dramatiq's own does, longer and longer, but is woken by the queue's bell.
     """
+
+    def __init__(self, broker: HardenedRedisBroker, queue_name: str, prefetch: int, timeout: int) -> None:
+        super().__init__(broker, queue_name, prefetch, 0)  # type: ignore[no-untyped-call]  # it never sleeps by itself
+        self._longest = max(timeout, QUIET_MILLISECONDS) if queue_name.endswith(".DQ") else timeout
+        self._bell = broker.bells[queue_name]
+        self._full = prefetch - max(1, prefetch // 8)  # with so few in work it is worth to fetch more
 
     def __next__(self) -> Any:
         problems = self.broker.problems
+        self._bell.clear()  # before it looks: who rings from now on is heard
         try:
             message = self._safely(super().__next__)
         except ConnectionClosed as error:
             problems[self.queue_name] = str(error.__cause__ or error)
             raise
         problems.pop(self.queue_name, None)
-        if message is None or _is_ours(message, self.queue_name):
+        if message is None:
+            _, milliseconds = compute_backoff(self.misses, max_backoff=self._longest)
+            self._bell.wait(ENDING_SECONDS if self.broker.ends else milliseconds / 1000)
+            return None
+        if _is_ours(message, self.queue_name):
             return message
         logger.warning("queue.foreign", queue=self.queue_name, actor=str(message.actor_name)[:80])
         with suppress(KeyError, TypeError):  # it may name no number that could be taken off
@@ -93,11 +125,17 @@ class _Consumer(_RedisConsumer):
         """Take a message off the queue for good; one that stays there costs a claim that fails."""
         with suppress(ConnectionClosed):
             self._safely(super().ack, message)
+        self._make_room()
 
     def nack(self, message: Any) -> None:
         """Send a message to the dead letters, or leave it."""
         with suppress(ConnectionClosed):
             self._safely(super().nack, message)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        if self.outstanding_message_count <= self._full:
+            self._bell.set()
 
     def requeue(self, messages: Any) -> None:
         """Put prefetched messages back, or leave it to the ledger."""
@@ -132,6 +170,9 @@ class HardenedRedisBroker(RedisBroker):
         super().__init__(**options)  # type: ignore[no-untyped-call]  # dramatiq has no types here
         self.problems: dict[str, str] = {}
         """Why messages can't be taken now, by queue; empty where they can."""
+        self.bells: dict[str, threading.Event] = defaultdict(threading.Event)
+        """Wake the consumer of a queue, by queue."""
+        self.ends = False
 
     prefetch: Mapping[str, int] = {}
     """How many messages of a queue this process takes at once, by queue."""
@@ -144,6 +185,16 @@ class HardenedRedisBroker(RedisBroker):
     def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Any:
         """A consumer that takes as many messages as the lane of this process should."""
         return super().consume(queue_name, self.prefetch.get(queue_name, prefetch), timeout)
+
+    def look(self, lane: Lane) -> None:
+        """Something was put into the queue of a lane: fetch it now."""
+        self.bells[QUEUES[lane]].set()
+
+    def end_rests(self) -> None:
+        """The process ends: its consumers are to see that they are told to stop."""
+        self.ends = True
+        for bell in list(self.bells.values()):
+            bell.set()
 
 
 def make_broker(url: str, middleware: Sequence[Middleware], *, client: Any = None) -> Broker:
@@ -217,7 +268,10 @@ def standing(broker: Broker, lane: Lane) -> set[int]:
 
 
 def enqueue(broker: Broker, lane: Lane, slice_ids: Sequence[int]) -> None:
-    """Put slices into the queue of a lane, on Redis all in one round trip. Raises `redis.RedisError`."""
+    """Put slices into the queue of a lane, on Redis all in one round trip, and tell who serves it.
+
+    Raises `redis.RedisError`; a server that lets us tell nobody takes the messages all the same.
+    """
     messages: list[dramatiq.Message[None]] = [
         dramatiq.Message(queue_name=QUEUES[lane], actor_name=ACTOR, args=(slice_id,), kwargs={}, options={})
         for slice_id in slice_ids
@@ -240,3 +294,5 @@ def enqueue(broker: Broker, lane: Lane, slice_ids: Sequence[int]) -> None:
             pipeline.hset(f"{queue}.msgs", mapping=payloads)
             pipeline.rpush(queue, *payloads)
             pipeline.execute()
+        with suppress(redis.RedisError):
+            broker.client.publish(CHANNEL, QUEUED[lane])

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, func, insert, or_, select, true, update
+from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, func, insert, or_, select, true, update
 
 from subscriptions.directory import among
 from worker import ledger
@@ -37,6 +38,44 @@ def make_slices(
             for start in range(first_n, last_n + 1, SLICE_SIZE)
         ],
     )
+
+
+def make_queued_slice(connection: Connection, event_id: int, lane: Lane, *, mails: int, now: int) -> int:
+    """One slice of all deliveries of an event, marked as queued, for whoever has it in hand; returns its number."""
+    values = {"event_id": event_id, "lane": int(lane), "last_n": mails, "due_at": now, "queued_at": now}
+    return int(connection.execute(_QUEUED_SLICE, values).scalar_one())
+
+
+_QUEUED_SLICE = (
+    insert(slices)
+    .values(
+        event_id=bindparam("event_id"),
+        lane=bindparam("lane"),
+        first_n=1,
+        last_n=bindparam("last_n"),
+        due_at=bindparam("due_at"),
+        queued_at=bindparam("queued_at"),
+    )
+    .returning(slices.c.id)
+)
+
+
+def room_at_once(connection: Connection, lane: Lane, class_: str, *, width: int, now: int) -> bool:
+    """Whether a new slice may be begun without the queue: fewer than `width` are at work, nobody waits, no pause."""
+    at_work = connection.execute(_UNDONE, {"lane": int(lane), "now": now, "width": width}).all()
+    if len(at_work) >= width or any(queued_at is None for (queued_at,) in at_work):
+        return False
+    return connection.execute(_PAUSE, {"class_": class_}).first() is None
+
+
+_UNDONE = (
+    select(slices.c.queued_at)
+    .where(slices.c.lane == bindparam("lane"), slices.c.done_at.is_(None), slices.c.due_at <= bindparam("now"))
+    .limit(bindparam("width"))
+)
+_PAUSE = select(pauses.c.at).where(
+    or_(pauses.c.scope == "all", and_(pauses.c.scope == "class", pauses.c.value == bindparam("class_")))
+)
 
 
 def gather_retries(connection: Connection, *, now: int, limit: int = 500) -> int:
@@ -75,28 +114,41 @@ def gather_retries(connection: Connection, *, now: int, limit: int = 500) -> int
 
 def waits_for_plan(connection: Connection, *, now: int) -> bool:
     """Whether an accepted event is to be planned now and nobody plans it."""
-    return _any(
-        connection,
-        select(events.c.id)
-        .where(events.c.status.in_(["accepted", "planning"]), events.c.plan_owner.is_(None))
-        .where(or_(events.c.not_before.is_(None), events.c.not_before <= now)),
-    )
+    return connection.execute(_TO_PLAN, {"now": now}).first() is not None
+
+
+_TO_PLAN = (
+    select(events.c.id)
+    .where(events.c.status.in_(["accepted", "planning"]), events.c.plan_owner.is_(None))
+    .where(or_(events.c.not_before.is_(None), events.c.not_before <= bindparam("now")))
+    .limit(1)
+)
 
 
 def retries_due(connection: Connection, *, now: int) -> bool:
     """Whether deferred mail is due."""
-    return _any(
-        connection,
-        select(deliveries.c.n).where(deliveries.c.due_at <= now, deliveries.c.status == int(Status.PLANNED)),
-    )
+    return connection.execute(_RETRIES, {"now": now}).first() is not None
 
 
-def lanes_to_feed(connection: Connection, *, now: int) -> list[Lane]:
-    """The lanes that have slices which are due and stand in no queue, the most urgent first."""
-    waiting = select(slices.c.lane).where(
-        slices.c.done_at.is_(None), slices.c.due_at <= now, slices.c.queued_at.is_(None), slices.c.owner.is_(None)
-    )
-    return [lane for lane in Lane if _any(connection, waiting.where(slices.c.lane == int(lane)))]
+_RETRIES = (
+    select(deliveries.c.n)
+    .where(deliveries.c.due_at <= bindparam("now"), deliveries.c.status == int(Status.PLANNED))
+    .limit(1)
+)
+
+
+def lanes_to_feed(connection: Connection, lanes: Collection[Lane], *, now: int) -> list[Lane]:
+    """Those of the lanes that have slices which are due and stand in no queue, the most urgent first."""
+    waits = {lane: connection.execute(_TO_FEED, {"lane": int(lane), "now": now}).first() for lane in sorted(lanes)}
+    return [lane for lane, row in waits.items() if row is not None]
+
+
+_TO_FEED = (
+    select(slices.c.id)
+    .where(slices.c.lane == bindparam("lane"), slices.c.done_at.is_(None), slices.c.due_at <= bindparam("now"))
+    .where(slices.c.queued_at.is_(None), slices.c.owner.is_(None))
+    .limit(1)
+)
 
 
 def _any(connection: Connection, query: Select[Any]) -> bool:
@@ -113,40 +165,64 @@ def queued(connection: Connection, lane: Lane, *, before: int) -> dict[int, int]
     return {row.id: row.queued_at for row in rows}
 
 
+REFILL = 4
+#: A queue of small slices is filled up again once a quarter of it is free.
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Slices that were marked as queued: they go into the queue of their lane now."""
+
+    numbers: Sequence[int]
+    mails: int  # in all of them
+    first: bool  # none of their lane stood in its queue or was at work before
+
+
+NOTHING_TAKEN = Taken((), 0, first=False)
+
+
 def take_for_queue(connection: Connection, lane: Lane, *, room: int, now: int, small: int = 1) -> list[int]:
+    """The numbers of what `take` takes."""
+    return list(take(connection, lane, room=room, now=now, small=small).numbers)
+
+
+def take(connection: Connection, lane: Lane, *, room: int, now: int, small: int = 1) -> Taken:
     """Slices of a lane to be put into its queue now, marked as queued.
 
     At most the mails of `room` whole slices stand there or are in work, and at most `small` slices for each of them:
     most events are for one account, and have a mail or two.
     """
-    mails = func.coalesce(func.sum(slices.c.last_n - slices.c.first_n + 1), 0)
-    standing = connection.execute(
-        select(func.count().label("slices"), mails.label("mails"))
-        .where(slices.c.lane == int(lane), slices.c.done_at.is_(None), slices.c.due_at <= now)
-        .where(slices.c.queued_at.is_not(None))
-    ).one()
+    standing = connection.execute(_STANDING, {"lane": int(lane)}).one()
     left, space = small * room - standing.slices, SLICE_SIZE * room - standing.mails
-    if left <= 0 or space <= 0:
-        return []
-    chosen = []
-    for row in connection.execute(
-        select(slices.c.id, slices.c.first_n, slices.c.last_n)
-        .join(events, events.c.id == slices.c.event_id)
-        .where(slices.c.lane == int(lane), slices.c.done_at.is_(None), slices.c.due_at <= now)
-        .where(slices.c.queued_at.is_(None), slices.c.owner.is_(None))
-        .where(~_paused(connection))
-        .order_by(slices.c.due_at, slices.c.id)
-        .limit(left)
-    ):
-        if space <= 0:
+    if left <= (small - 1) * room // REFILL or space <= 0:  # small ones are queued many at a time
+        return NOTHING_TAKEN
+    chosen, mails = [], 0
+    waiting = _WAITING.where(~_paused(connection)) if pauses_stand(connection) else _WAITING
+    for row in connection.execute(waiting, {"lane": int(lane), "now": now, "left": left}):
+        if mails >= space:
             break
-        space -= row.last_n - row.first_n + 1
+        mails += row.last_n - row.first_n + 1
         chosen.append(row.id)
     if not chosen:
-        return []
+        return NOTHING_TAKEN
     # Other workers feed the same lane: each slice is marked, and queued, by one of them.
     marked = update(slices).where(slices.c.id.in_(chosen), slices.c.queued_at.is_(None)).values(queued_at=now)
-    return sorted(connection.execute(marked.returning(slices.c.id)).scalars())
+    numbers = sorted(connection.execute(marked.returning(slices.c.id)).scalars())
+    return Taken(numbers, mails, first=standing.slices == 0)
+
+
+_STANDING = select(
+    func.count().label("slices"),
+    func.coalesce(func.sum(slices.c.last_n - slices.c.first_n + 1), 0).label("mails"),
+).where(slices.c.lane == bindparam("lane"), slices.c.done_at.is_(None), slices.c.queued_at.is_not(None))
+_WAITING = (
+    select(slices.c.id, slices.c.first_n, slices.c.last_n)
+    .join(events, events.c.id == slices.c.event_id)
+    .where(slices.c.lane == bindparam("lane"), slices.c.done_at.is_(None), slices.c.due_at <= bindparam("now"))
+    .where(slices.c.queued_at.is_(None), slices.c.owner.is_(None))
+    .order_by(slices.c.due_at, slices.c.id)
+    .limit(bindparam("left"))
+)
 
 
 def forget_queued(connection: Connection, *, before: int, numbers: Sequence[int] | None = None) -> int:

@@ -1,9 +1,10 @@
 """Accept a fact exactly once, for life.
 
-(source, id) is unique in the database, so that concurrent publishers of one fact cannot both be first; nothing is
-looked up before it is inserted. The same pair again is a duplicate where the content is equal (RFC 8785 of type,
-subject, dataschema and data), and a conflict otherwise. An event for one account is resolved and planned in the same
-transaction. A batch is all or nothing: one fault refuses it, 400 before 422 before 409.
+(source, id) is unique in the database, so that concurrent publishers of one fact cannot both be first: a row is
+inserted as it is to stand, and only who finds one there looks at what it says. The same pair again is a duplicate where
+the content is equal (RFC 8785 of type, subject, dataschema and data), and a conflict otherwise. An event for one
+account is resolved and planned in the same transaction; where this process works and has room, its slice goes straight
+to the loop after the commit. A batch is all or nothing: one fault refuses it, 400 before 422 before 409.
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import Any, Literal, Protocol
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, Insert, insert, select
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from subscriptions import directory
 from subscriptions.audience import AccountFacts, Verdicts, resolve
-from subscriptions.database import Clock, Database, DatabaseUnusable, insert_into
-from subscriptions.schema import account_products, accounts
-from worker import fanout, ledger, logs
+from subscriptions.database import Clock, Database, DatabaseUnusable
+from subscriptions.schema import account_products, accounts, installation
+from worker import fanout, feeding, ledger, logs, waking
 from worker.events import Event, content
 from worker.fanout import EventRow, Planner, Planning, event_facts, event_row
+from worker.ledger import Lane
 from worker.schema import event_accounts, events
 from worker.settings import Settings
 from worker.sharedfeed import SharedFeed
@@ -81,16 +86,30 @@ class _Fault(Exception):  # noqa: N818 - carries one Refusal out of a deeper ste
         self.pointer = pointer
 
 
+class Hands(Protocol):
+    """What works in this process, as it is offered a slice in the transaction that makes it."""
+
+    def room(self, connection: Connection, lane: Lane, class_: str, *, now: int) -> bool:
+        """Whether a slice of mail of that class may be begun now: whoever waits for the lane comes first."""
+
+    def deliver(self, slice_ids: Sequence[int]) -> None:
+        """Begin these slices, which are committed, marked as queued and stand in no queue; returns at once."""
+
+
 @dataclass(slots=True)
 class Intake:
-    """Accepts events into one installation. `wake` is called after a commit that left something to do."""
+    """Accepts events into one installation.
+
+    `wake` is called with what is due (words of `waking`) after a commit that left something to do.
+    """
 
     database: Database
     planner: Planner
     feed: SharedFeed
     settings: Settings
     clock: Clock
-    wake: Callable[[], None] = lambda: None
+    wake: Callable[[Collection[str]], None] = lambda _: None
+    hands: Hands | None = None
 
     def accept(self, batch: Sequence[Event], publisher: Publisher) -> list[Accepted]:
         """Accept events, all or none, in one transaction. Raises `Refused`, `DatabaseUnusable`."""
@@ -99,12 +118,16 @@ class Intake:
             raise DatabaseUnusable(shortage)
         with self.database.write() as connection:
             planning = self.planner.start(connection)
-            answers = self._accept_all(planning, batch, publisher)
+            accepting = self._begin(planning, batch, publisher)
+            answers = self._accept_all(accepting, batch)
+        if self.hands is not None and accepting.direct:
+            self.hands.deliver(accepting.direct)
+        if accepting.due:
+            self.wake(accepting.due)
         planning.keep()
         for answer in answers:
             if not answer.duplicate:
                 logger.info("event.accepted", event_id=answer.event, route=answer.route, outcome=answer.outcome)
-        self.wake()
         return answers
 
     def dry_run(self, batch: Sequence[Event], publisher: Publisher) -> list[tuple[Event, AccountFacts, Verdicts]]:
@@ -127,8 +150,9 @@ class Intake:
         facts = event_facts(event.type.category, event.data, event.products, attested=publisher.attests)
         catalogues = self.planner.catalogues
         if event.account is not None:
-            account, verdict = self._one_account(connection, event, publisher)
-            return [(account, verdict)]
+            account = directory.account(connection, catalogues, event.account)
+            verdict = self._verdict(event, account, publisher)
+            return [(account, verdict)] if account is not None else []
         if event.accounts != "all":
             self._known_accounts(connection, event)
         answers: list[tuple[AccountFacts, Verdicts]] = []
@@ -139,12 +163,12 @@ class Intake:
             after = page[-1].number
         return answers
 
-    def _accept_all(self, planning: Planning, batch: Sequence[Event], publisher: Publisher) -> list[Accepted]:
+    def _accept_all(self, accepting: _Accepting, batch: Sequence[Event]) -> list[Accepted]:
         answers: list[Accepted] = []
         faults: list[Refusal] = []
         for index, event in enumerate(batch):
             try:
-                answers.append(self._accept(planning, event, publisher))
+                answers.append(self._accept(accepting, event))
             except _Fault as fault:
                 faults.append(Refusal(index, fault.kind, fault.pointer, str(fault)))
         if faults:
@@ -152,52 +176,89 @@ class Intake:
             raise Refused(faults)
         return answers
 
-    def _accept(self, planning: Planning, event: Event, publisher: Publisher) -> Accepted:
-        connection, now = planning.connection, self.clock()
-        key = directory.address_key(connection)
-        mac = hashlib.blake2b(content(event), key=key, digest_size=16).digest()
-        notes = self._notes(connection, event)
-        row = self._insert(connection, event, publisher, mac=mac, now=now)
-        if row is None:
-            return self._known_fact(connection, event, mac)
-        verdict: Verdicts | None = None
-        status_page = None
-        if event.account is not None:
-            account, verdict = self._one_account(connection, event, publisher)
-        elif event.accounts == "all":
-            self._someone(connection, event)
+    def _begin(self, planning: Planning, batch: Sequence[Event], publisher: Publisher) -> _Accepting:
+        """Read once what all events of a call need: the guard before the facts, so that what moves later is seen."""
+        connection, catalogues = planning.connection, self.planner.catalogues
+        key, guard = connection.execute(_INSTALLATION).one()
+        names = list(dict.fromkeys(event.account for event in batch if event.account is not None))
+        if len(names) > 1:
+            facts = directory.facts(connection, catalogues, only=names, limit=len(names))
         else:
-            self._list_accounts(connection, event, row.id)
-        values: dict[str, Any] = {"notes": json.dumps(notes)}
-        if verdict is not None:
-            values |= {"outcome": verdict.outcome, "reason": verdict.reason}
-        if row.class_ == "status":
-            status_page = self.feed.pointer(connection, event)
-            values |= {"status": "redirected", "outcome": "redirected_to_status_page", "planned_at": now,
-                       "reason": "status_page_category", "status_page": json.dumps(status_page)}  # fmt: skip
-        connection.execute(events.update().where(events.c.id == row.id).values(**values))
-        if verdict is not None and row.class_ == "status":
-            planning.write(row, [(account, verdict)], next_n=1, now=now, owner=ledger.NO_WORKER)
-        elif verdict is not None and (row.not_before is None or row.not_before <= now):
-            fanout.plan_one(planning, row, account, verdict, now=now, owner=ledger.NO_WORKER)
+            facts = [one for name in names if (one := directory.account(connection, catalogues, name)) is not None]
+        return _Accepting(planning, publisher, self.clock(), bytes(key), guard, {one.id: one for one in facts})
+
+    def _accept(self, accepting: _Accepting, event: Event) -> Accepted:
+        """Resolve an event, then write its row once, as it is to stand; who comes second finds it there."""
+        connection, now = accepting.planning.connection, accepting.now
+        mac = hashlib.blake2b(content(event), key=accepting.key, digest_size=16).digest()
+        try:
+            resolved = self._resolve(accepting, event)
+        except _Fault:
+            known = self._known_fact(connection, event, mac)  # its account may have gone since
+            if known is None:
+                raise
+            return known
+        row = self._values(event, accepting, resolved, mac=mac)
+        number = connection.execute(_insert_event(connection.dialect.name), row).scalar_one_or_none()
+        if number is None:
+            known = self._known_fact(connection, event, mac)
+            assert known is not None
+            return known
+        if resolved.listed is not None:
+            connection.execute(_LIST, [{"event_id": number, "account_id": account} for account in resolved.listed])
+        stored = _stored(row, event, number)
+        account, verdict = resolved.account, resolved.verdict
+        if account is not None and verdict is not None and row["planned_at"] is not None:
+            accepting.planning.write(stored, [(account, verdict)], next_n=1, now=now, owner=ledger.NO_WORKER)
+            if resolved.mails:
+                self._make_slices(accepting, stored, resolved.mails)
+        elif row["status"] == "accepted":
+            accepting.due.add(waking.PLAN)
         return Accepted(
-            event=row.ulid,
+            event=stored.ulid,
             source=event.source,
             id=event.id,
             duplicate=False,
-            route=_route(row),
+            route=_route(stored),
             outcome=verdict.outcome if verdict else None,
             reason=verdict.reason if verdict else None,
-            status_page=status_page,
-            notes=tuple(notes),
+            status_page=resolved.status_page,
+            notes=tuple(resolved.notes),
         )
 
-    def _insert(
-        self, connection: Connection, event: Event, publisher: Publisher, *, mac: bytes, now: int
-    ) -> EventRow | None:
-        """The new row, or None where (source, id) stands already."""
-        category = event.type.category
-        class_ = next(iter(self.planner.catalogues.values())).vocabulary.categories[category].class_
+    def _make_slices(self, accepting: _Accepting, event: EventRow, mails: int) -> None:
+        """The slices of a planned event; a single one goes straight to this process's loop, where there is room."""
+        connection, now, hands = accepting.planning.connection, accepting.now, self.hands
+        single = mails <= ledger.SLICE_SIZE
+        if single and hands is not None and hands.room(connection, event.lane, event.class_, now=now):
+            accepting.direct.append(feeding.make_queued_slice(connection, event.id, event.lane, mails=mails, now=now))
+        else:
+            feeding.make_slices(connection, event.id, event.lane, first_n=1, last_n=mails, due_at=now)
+            accepting.due.add(waking.DUE[event.lane])
+
+    def _resolve(self, accepting: _Accepting, event: Event) -> _Resolved:
+        """Who gets an event for one account; which accounts a list names. Raises `_Fault`."""
+        connection = accepting.planning.connection
+        found = _Resolved(self._class_of(event))
+        if event.account is not None:
+            found.account = accepting.accounts.get(event.account)
+            found.verdict = self._verdict(event, found.account, accepting.publisher)
+            found.mails = len({one.contact.mailbox for one in found.verdict.recipients})
+        elif event.accounts == "all":
+            self._someone(connection)
+        else:
+            found.listed = self._known_accounts(connection, event).values()
+        found.notes = self._notes(connection, event, found.account)
+        if found.class_ == "status":
+            found.status_page = self.feed.pointer(connection, event)
+        return found
+
+    def _class_of(self, event: Event) -> str:
+        return next(iter(self.planner.catalogues.values())).vocabulary.categories[event.type.category].class_
+
+    def _values(self, event: Event, accepting: _Accepting, resolved: _Resolved, *, mac: bytes) -> dict[str, Any]:
+        """The row of an event, as it stands once it is accepted."""
+        publisher, now, class_ = accepting.publisher, accepting.now, resolved.class_
         routing: dict[str, Any] = {"products": list(event.products), "attested": publisher.attests}
         scope = "one"
         if event.account is not None:
@@ -206,42 +267,56 @@ class Intake:
             scope = "all" if event.accounts == "all" else "list"
             routing["accounts"] = event.accounts
         sender = self.settings.sender_of(class_)
-        statement = (
-            insert_into(connection, events)
-            .values(
-                ulid=new_ulid(now),
-                source=event.source,
-                ce_id=event.id,
-                content_mac=mac,
-                type=event.type.name,
-                category=category,
-                lane=int(ledger.lane_of(class_, broadcast=scope != "one")),
-                scope=scope,
-                routing=json.dumps(routing),
-                payload=json.dumps(
-                    {"data": event.data, "time": event.time, "subject": event.subject, "dataschema": event.dataschema},
-                    ensure_ascii=False,
-                ),
-                accepted_at=now,
-                key_id=publisher.key_id,
-                mode=publisher.mode,
-                not_before=_micros(event.not_before),
-                expires_at=_micros(event.expires_at),
-                status="accepted",
-                sender_domain=_domain(sender),
-                bounce_domain=(self.settings.bounce_domain_of(class_) or "") if sender else "",
-                **{"class": class_},
-            )
-            .on_conflict_do_nothing(index_elements=["source", "ce_id"])
-            .returning(events)
-        )
-        row = connection.execute(statement).one_or_none()
-        return event_row(row) if row is not None else None
+        not_before = _micros(event.not_before)
+        values: dict[str, Any] = {
+            "ulid": new_ulid(now),
+            "source": event.source,
+            "ce_id": event.id,
+            "content_mac": mac,
+            "type": event.type.name,
+            "category": event.type.category,
+            "class": class_,
+            "lane": int(ledger.lane_of(class_, broadcast=scope != "one")),
+            "scope": scope,
+            "routing": json.dumps(routing),
+            "payload": json.dumps(
+                {"data": event.data, "time": event.time, "subject": event.subject, "dataschema": event.dataschema},
+                ensure_ascii=False,
+            ),
+            "accepted_at": now,
+            "key_id": publisher.key_id,
+            "mode": publisher.mode,
+            "not_before": not_before,
+            "expires_at": _micros(event.expires_at),
+            "sender_domain": _domain(sender),
+            "bounce_domain": (self.settings.bounce_domain_of(class_) or "") if sender else "",
+            "notes": json.dumps(resolved.notes),
+            "status": "accepted",
+            "outcome": None,
+            "reason": None,
+            "status_page": None,
+            "planned_at": None,
+            "next_n": 1,
+            "guard_at_plan": 0,
+        }
+        verdict = resolved.verdict
+        if verdict is not None:
+            values |= {"outcome": verdict.outcome, "reason": verdict.reason}
+        if class_ == "status":
+            values |= {"status": "redirected", "outcome": "redirected_to_status_page", "planned_at": now,
+                       "reason": "status_page_category", "status_page": json.dumps(resolved.status_page)}  # fmt: skip
+        elif verdict is not None and (not_before is None or not_before <= now):
+            values |= {"status": "sending" if resolved.mails else "done", "next_n": 1 + resolved.mails,
+                       "planned_at": now, "guard_at_plan": accepting.guard}  # fmt: skip
+        return values
 
-    def _known_fact(self, connection: Connection, event: Event, mac: bytes) -> Accepted:
+    def _known_fact(self, connection: Connection, event: Event, mac: bytes) -> Accepted | None:
+        """The answer to a fact that was accepted before; None where it is new. Raises `_Fault` where it differs."""
         row = connection.execute(
             select(events).where(events.c.source == event.source, events.c.ce_id == event.id)
-        ).one()
+        ).one_or_none()
+        if row is None:
+            return None
         if row.content_mac != mac:
             message = (
                 f"source {event.source!r} and id {event.id!r} were accepted before with other content: "
@@ -260,8 +335,8 @@ class Intake:
             notes=tuple(json.loads(row.notes or "[]")),
         )
 
-    def _one_account(self, connection: Connection, event: Event, publisher: Publisher) -> tuple[AccountFacts, Verdicts]:
-        account = directory.account(connection, self.planner.catalogues, event.account or "")
+    def _verdict(self, event: Event, account: AccountFacts | None, publisher: Publisher) -> Verdicts:
+        """Who gets an event for one account. Raises `_Fault` where it can't be meant for that account."""
         if account is None:
             message = f'"account" is {event.account!r}, which the directory does not have: import it first'
             raise _Fault("invalid", "/data/account", message)
@@ -273,7 +348,7 @@ class Intake:
                 f"{account.catalogue!r} of account {account.id!r} does not have: nobody there can receive it"
             )
             raise _Fault("invalid", "/type", message)
-        return account, verdict
+        return verdict
 
     def _known_accounts(self, connection: Connection, event: Event) -> dict[str, int]:
         wanted = list(event.accounts or ())
@@ -291,30 +366,78 @@ class Intake:
                 raise _Fault("invalid", f"/data/accounts/{position}", message)
         return found
 
-    def _list_accounts(self, connection: Connection, event: Event, event_id: int) -> None:
-        found = self._known_accounts(connection, event)
-        connection.execute(
-            insert(event_accounts), [{"event_id": event_id, "account_id": number} for number in found.values()]
-        )
-
-    def _someone(self, connection: Connection, event: Event) -> None:
+    def _someone(self, connection: Connection) -> None:
         if connection.execute(select(accounts.c.id).where(accounts.c.removed_at.is_(None)).limit(1)).first() is None:
             message = "data.accounts is 'all', but the directory has no account: import one first"
             raise _Fault("invalid", "/data/accounts", message)
 
-    def _notes(self, connection: Connection, event: Event) -> list[str]:
+    def _notes(self, connection: Connection, event: Event, account: AccountFacts | None) -> list[str]:
         """What is told back to the publisher without refusing anything."""
-        if not event.products:
+        unsure = [name for name in event.products if account is None or name not in account.uses]
+        if not unsure:
             return []
         used = set(
             connection.execute(
                 select(account_products.c.product)
                 .join(accounts, accounts.c.id == account_products.c.account_id)
-                .where(account_products.c.product.in_(event.products), accounts.c.removed_at.is_(None))
+                .where(account_products.c.product.in_(unsure), accounts.c.removed_at.is_(None))
                 .distinct()
             ).scalars()
         )
-        return [f"no account uses the product {name!r}" for name in event.products if name not in used]
+        return [f"no account uses the product {name!r}" for name in unsure if name not in used]
+
+
+@dataclass(slots=True)
+class _Accepting:
+    """What the events of one call share: the transaction, and what was read in it for all of them."""
+
+    planning: Planning
+    publisher: Publisher
+    now: int
+    key: bytes  # the installation's
+    guard: int  # as it stood before the facts were read
+    accounts: Mapping[str, AccountFacts]  # those that the events are for, by id
+    direct: list[int] = field(default_factory=list)  # slices that go to this process's loop after the commit
+    due: set[str] = field(default_factory=set)  # what the workers are told after the commit
+
+
+@dataclass(slots=True)
+class _Resolved:
+    """What is known of an event before its row is written."""
+
+    class_: str
+    account: AccountFacts | None = None  # for one account: its facts, and who there gets it
+    verdict: Verdicts | None = None
+    mails: int = 0
+    listed: Collection[int] | None = None  # the accounts of a list, by number
+    notes: Sequence[str] = ()
+    status_page: dict[str, Any] | None = None
+
+
+_INSTALLATION = select(installation.c.address_key, installation.c.guard)
+_LIST = insert(event_accounts)
+
+
+@lru_cache(maxsize=2)
+def _insert_event(dialect: str) -> Insert:
+    """A row of `events`, where none has its source and id; compiled once for each kind of database."""
+    statement = sqlite_insert(events) if dialect == "sqlite" else postgresql_insert(events)
+    return statement.on_conflict_do_nothing(index_elements=["source", "ce_id"]).returning(events.c.id)
+
+
+_AS_WRITTEN = {field.name for field in fields(EventRow)} - {"id", "class_", "lane", "routing", "data"}
+
+
+def _stored(values: Mapping[str, Any], event: Event, number: int) -> EventRow:
+    """The row that was just written, as others read it."""
+    return EventRow(
+        id=number,
+        class_=values["class"],
+        lane=Lane(values["lane"]),
+        routing={},
+        data=event.data,
+        **{name: values[name] for name in _AS_WRITTEN},
+    )
 
 
 def _route(row: EventRow) -> Literal["email", "status_page", "request"]:

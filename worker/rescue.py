@@ -8,9 +8,10 @@ refills within a second or two.
 
 from __future__ import annotations
 
+import random
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -20,7 +21,7 @@ from redis import RedisError
 
 from subscriptions.database import Clock, Database, DatabaseUnusable
 from worker import broker as queues
-from worker import fanout, feeding, leases, ledger, logs, matters
+from worker import fanout, feeding, leases, ledger, logs, matters, waking
 from worker.fanout import Planner
 from worker.heartbeat import Heartbeat, steady
 from worker.ledger import Lane
@@ -32,8 +33,12 @@ T = TypeVar("T")
 
 TICK_SECONDS = 0.2
 #: How often the ledger is looked at when nobody woke the scheduler.
+HEARING_SECONDS = 0.8
+#: The same where every process tells what it commits: what falls due by time, and what was told in vain.
 REST_SECONDS = 0.01
 #: Between two looks, however often it is woken.
+CROWDED_SECONDS = 0.05
+#: The same where a server's queue holds work for longer than that: many slices are queued by each look then.
 RESCUE_SECONDS = 5.0
 #: How often vanished workers and forgotten queue entries are looked for.
 RECONCILE_SECONDS = 1.0
@@ -51,6 +56,8 @@ FULL_MICROSECONDS = 50_000
 SMALL = 16
 #: Slices of a mail or two that stand in a server's queue for each whole one: it is asked ten times a second only. A
 #: queue of our own is filled at once, and what stands in it keeps threads from more urgent lanes.
+AT_ONCE_MAILS = 32
+#: So few mails of a lane in which nothing else is at work are begun without asking a queue's server.
 QUEUED_SECONDS = 10.0
 #: A slice that was queued so long ago and taken by nobody is queued again, whatever the queue says.
 
@@ -73,15 +80,19 @@ class Scheduler:
     heart: Heartbeat
     lease_seconds: float
     in_hand: Callable[[], Collection[int]]  # the slices that this process works on
+    deliver: Callable[[Sequence[int]], None]  # begins slices at once, without the queue
     queued_seconds: float = QUEUED_SECONDS
     feed: SharedFeed | None = None
     feed_seconds: float = 60.0
     pause_relays: Callable[[set[str]], None] = lambda _: None  # told which relays are paused, by name
     relay_problems: Callable[[], Mapping[str, str | None]] = dict  # relay -> why it can't be used, None where it can
     tell_operators: Callable[[], None] = lambda: None
+    hears: Callable[[], bool] = lambda: False  # whether others tell this process what they commit
+    tell: Callable[[Collection[str]], None] = lambda _: None  # tells the others (words of `waking`)
     sends: bool = True  # False where no relay is configured: then events are planned and mail waits
     queue_problem: str | None = None
     queue_away_since: float | None = None  # by the steady clock of this process
+    crowded: bool = True  # whether more was due at the last look than could be begun at once
     _queue_faults: dict[str, str] = field(default_factory=dict)  # what can't be done with it now -> why
     _watch: leases.Watch = field(init=False)
     _woken: threading.Event = field(default_factory=threading.Event)
@@ -106,6 +117,7 @@ class Scheduler:
     def start(self) -> None:
         """Begin: free what earlier workers left, then go on until `stop`."""
         self._rescue()
+        self._pauses()
         self._woken.set()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
@@ -133,7 +145,7 @@ class Scheduler:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self._woken.wait(TICK_SECONDS)
+            self._woken.wait(HEARING_SECONDS * random.uniform(0.5, 1) if self.hears() else TICK_SECONDS)  # noqa: S311
             self._woken.clear()
             try:
                 self.tick()
@@ -143,10 +155,17 @@ class Scheduler:
             except Exception as error:
                 logger.exception("scheduler.failed", why=str(error), tried_again_in_seconds=1)
                 self._stopping.wait(1.0)
-            self._stopping.wait(REST_SECONDS)
+            self._stopping.wait(CROWDED_SECONDS if self.crowded and not self.alone else REST_SECONDS)
 
     def tick(self) -> None:
-        """Look once, and do what is due."""
+        """Look once, and do what is due: mail first, then what is done now and then, whatever became of the mail."""
+        try:
+            if self.may_send():
+                self._feed()
+        finally:
+            self._look_after()
+
+    def _look_after(self) -> None:
         self._every("rescue", self._rescue_seconds, self._rescue)
         self._every("pauses", PAUSE_SECONDS, self._pauses)
         self._every("troubles", TROUBLE_SECONDS, self._troubles)
@@ -155,13 +174,18 @@ class Scheduler:
             self._every("feed", self.feed_seconds, self._refresh)
         if self.sends:
             self._every("operators", NOTICE_SECONDS, self._tell)
-        if not self.may_send():
-            return
+        if not self.alone and self.may_send():
+            self._every("reconcile", RECONCILE_SECONDS, self._reconcile)
+
+    def _feed(self) -> None:
+        """Plan, gather and queue what is due."""
         now = self.clock()
         with self.database.read() as connection:
             plan = feeding.waits_for_plan(connection, now=now)
             retries = feeding.retries_due(connection, now=now)
-            lanes = feeding.lanes_to_feed(connection, now=now) if self.sends else []
+            lanes = feeding.lanes_to_feed(connection, self.width, now=now) if self.sends else []
+        at_once = [now >= self._rests.get(lane, 0) and self._fill(lane, now) for lane in lanes]
+        self.crowded = not all(at_once)
         if plan and (self._planner is None or not self._planner.is_alive()):
             self._planner = threading.Thread(target=self._plan, name="planner", daemon=True)
             self._planner.start()
@@ -169,11 +193,7 @@ class Scheduler:
             with self.database.write() as connection:
                 feeding.gather_retries(connection, now=now)
             self.wake()
-        if not self.alone:
-            self._every("reconcile", RECONCILE_SECONDS, self._reconcile)
-        for lane in lanes:
-            if lane in self.width and now >= self._rests.get(lane, 0):
-                self._fill(lane, now)
+            self.tell(waking.DUE.values())
 
     def _every(self, name: str, seconds: float, do: Callable[[], None]) -> None:
         if time.monotonic() >= self._next.get(name, 0.0):
@@ -261,6 +281,7 @@ class Scheduler:
                     raise
                 self._set_aside(event, error)
             self.wake()
+            self.tell(waking.DUE.values())
 
     def _set_aside(self, event: fanout.EventRow, error: Exception) -> None:
         logger.exception("event.held", event_id=event.ulid, why=str(error), what_next="a person decides")
@@ -277,15 +298,23 @@ class Scheduler:
         with self.database.write() as connection:
             feeding.forget_queued(connection, before=ledger.NEVER)
 
-    def _fill(self, lane: Lane, now: int) -> None:
+    def _fill(self, lane: Lane, now: int) -> bool:
+        """Queue what is due in a lane; whether it could be begun at once."""
+        width = self.width[lane]
         with self.database.write() as connection:
             workers = 1 if self.alone else max(1, leases.serving(connection, lane))
-            room, small = self.width[lane] * workers, 1 if self.alone else SMALL
-            chosen = feeding.take_for_queue(connection, lane, room=room, small=small, now=now)
-        if not chosen:  # the queue is full, or what waits is paused: whoever finishes a slice makes room
+            small = 1 if self.alone else SMALL
+            taken = feeding.take(connection, lane, room=width * workers, small=small, now=now)
+        if not taken.numbers:  # the queue is full, or what waits is paused: whoever finishes a slice makes room
             self._rests[lane] = now + FULL_MICROSECONDS
-        else:
-            self._asked("fill", partial(queues.enqueue, self.broker, lane, chosen))
+            return False
+        if taken.first and len(taken.numbers) <= width and taken.mails <= AT_ONCE_MAILS:
+            self.deliver(taken.numbers)
+            return True
+        self._asked("fill", partial(queues.enqueue, self.broker, lane, taken.numbers))
+        if isinstance(self.broker, queues.HardenedRedisBroker):
+            self.broker.look(lane)
+        return False
 
     def _reconcile(self) -> None:
         """Queue again what the ledger believes to be queued, where the queue knows nothing of it."""

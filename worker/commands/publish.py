@@ -58,7 +58,9 @@ def publish(
     if timeout is not None and not wait:
         raise Stop(Exit.USAGE, "--timeout says how long to wait: give --wait with it")
     read = read_events(files)
-    with opened(ctx) as app:
+    from worker.app import telling_workers
+
+    with opened(ctx) as app, telling_workers(app):
         receipts = _accept(app, read)
         known = sum(receipt.duplicate for receipt in receipts)
         totals: dict[str, int] | None = None

@@ -172,10 +172,10 @@ class _Queue:
 def serve(ctx: typer.Context) -> None:
     """Serve the web side: the API, the recipients' pages, the console."""
     settings = settings_of(ctx, long_running=True)
-    from worker.app import open_app
+    from worker.app import open_app, telling_workers
     from worker.web import server
 
-    with open_app(settings) as app:
+    with open_app(settings) as app, telling_workers(app):
         server.run(app, engine=None, inbox=None)
 
 

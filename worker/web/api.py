@@ -130,10 +130,10 @@ async def publish(
     with _in_hand.one(key):
         batch = request.headers.get("content-type", "").lower().startswith("application/cloudevents-batch+json")
         body = await read_body(request, MAX_BATCH_BYTES if batch else MAX_EVENT_BYTES_WITH_FILES)
-        received = await run_in_threadpool(_read, request, body, key)
         if dry_run:
+            received = await run_in_threadpool(_read, request, body, key)
             return await run_in_threadpool(_dry_run, site, received, key.publisher, cursor, limit)
-        return await run_in_threadpool(_accept, site, received, key.publisher)
+        return await run_in_threadpool(_accept, site, request, body, key)
 
 
 def _known_parameters(request: Request, known: Sequence[str]) -> None:
@@ -162,9 +162,10 @@ def _read(request: Request, body: bytes, key: ApiKey) -> Received:
     return received
 
 
-def _accept(site: Site, received: Received, publisher: Publisher) -> Response:
+def _accept(site: Site, request: Request, body: bytes, key: ApiKey) -> Response:
+    received = _read(request, body, key)
     try:
-        answers = site.app.intake.accept(received.events, publisher)
+        answers = site.app.intake.accept(received.events, key.publisher)
     except Refused as error:
         raise of_refusal(error, batch=received.batch) from None
     told = [_told(one) for one in answers]
