@@ -25,12 +25,21 @@ RECIPIENTS_PER_ACCOUNT = 4
 class Sink:
     """csink: an SMTP server in C that counts what it accepts. `delay` is microseconds before each reply.
 
-    `log` is a file that gets a line per accepted mail; `plain` offers neither PIPELINING nor CHUNKING; `rate` is how
-    many mails a second it accepts in all (0: as many as come).
+    `log` is a file that gets a line per accepted mail; `plain` offers neither PIPELINING nor CHUNKING; without
+    `chunking` it offers PIPELINING alone; every `hang`th session hangs after its first mail; `rate` is how many mails a
+    second it accepts in all (0: as many as come).
     """
 
     def __init__(
-        self, folder: Path, *, delay: int = 0, log: Path | None = None, plain: bool = False, rate: float = 0
+        self,
+        folder: Path,
+        *,
+        delay: int = 0,
+        log: Path | None = None,
+        plain: bool = False,
+        chunking: bool = True,
+        hang: int = 0,
+        rate: float = 0,
     ) -> None:
         program = folder / "csink"
         if not program.exists():
@@ -43,6 +52,8 @@ class Sink:
         arguments += ["-d", str(delay)] if delay else []
         arguments += ["-l", str(log)] if log else []
         arguments += ["-P"] if plain else []
+        arguments += [] if chunking else ["-n"]
+        arguments += ["-H", str(hang)] if hang else []
         arguments += ["-r", str(rate)] if rate else []
         self._process = subprocess.Popen(arguments)
         self._wait()
@@ -58,9 +69,16 @@ class Sink:
         raise SystemExit("the sink did not start")
 
     def counts(self) -> dict[str, Any]:
-        """What it accepted: accepted, distinct, dup, first, last (seconds), cpu (seconds)."""
+        """What it accepted: accepted, distinct, dup, bytes, first, last (seconds of the monotonic clock), cpu."""
+        return self._ask(b"GET\n")
+
+    def reset(self) -> None:
+        """Count from nothing."""
+        self._ask(b"RESET\n")
+
+    def _ask(self, what: bytes) -> dict[str, Any]:
         with socket.create_connection(("127.0.0.1", self.control), timeout=5) as control:
-            control.sendall(b"GET\n")
+            control.sendall(what)
             answer = b""
             while not answer.endswith(b"}\n") and (more := control.recv(65536)):
                 answer += more

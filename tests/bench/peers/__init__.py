@@ -1,0 +1,1 @@
+"""What people would use instead, each written as people write it: the same text, the same relay, no ledger."""
