@@ -34,6 +34,9 @@ Clock = Callable[[], int]
 BUSY_SECONDS = 15.0
 #: How long a writer waits for another process before it gives up.
 
+AT_ONCE_SECONDS = 0.1
+#: For so long it looks again and again, some thousand times a second.
+
 STALL_SECONDS = 20
 #: After so long at the most PostgreSQL ends a transaction whose process stopped in the middle: its locks would stop
 #: all others.
@@ -238,10 +241,33 @@ def _sqlite_engine(url: str) -> Engine:
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
         # IMMEDIATE: a writer that began as a reader could not become one while another writes.
-        writes = connection.get_execution_options().get("rolecast_writes", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        if not connection.get_execution_options().get("rolecast_writes", False):
+            connection.exec_driver_sql("BEGIN")
+        elif not _begin_at_once(connection.connection.driver_connection):
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
+
+
+def _begin_at_once(raw: Any) -> bool:
+    """Begin to write as soon as another process ends; False where that takes long.
+
+    Transactions of workers take a millisecond or two, and SQLite itself would look again after 1, 2, 5, 10 ... of them.
+    """
+    ends = time.monotonic() + AT_ONCE_SECONDS
+    raw.execute("PRAGMA busy_timeout=0")
+    try:
+        while True:
+            try:
+                raw.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
+                    return False
+                time.sleep(0.0003)
+            else:
+                return True
+    finally:
+        raw.execute(f"PRAGMA busy_timeout={int(BUSY_SECONDS * 1000)}")
 
 
 def _write_ahead(raw: sqlite3.Connection) -> None:

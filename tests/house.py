@@ -11,13 +11,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import Connection
+
+from subscriptions.bulk import read_columns
 from subscriptions.catalogue import load_catalogues
 from subscriptions.database import Database
 from subscriptions.transfer import checked, run_import
+from worker import ledger
 from worker.app import App, open_app
 from worker.events import Event, parse_event, sample
 from worker.fanout import Planner
 from worker.intake import Accepted, Intake, Publisher
+from worker.ledger import Claim
 from worker.settings import load
 from worker.sharedfeed import SharedFeed
 from worker.statuspage import StatusPage
@@ -124,3 +129,10 @@ def import_accounts(app: App, accounts: Sequence[Mapping[str, Any]]) -> None:
 def publish(app: App, *events: Event, publisher: Publisher = CLI) -> list[Accepted]:
     """Accept events."""
     return app.intake.accept(events, publisher)
+
+
+def owed(connection: Connection, taken: Claim) -> list[int]:
+    """The numbers that a claimed slice of the first event is to send now."""
+    condition, values = ledger.owed(taken)
+    found = read_columns(connection, ("d.n",), f"FROM deliveries d WHERE event_id = 1 AND {condition}", **values)
+    return sorted(found[0])

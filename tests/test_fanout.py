@@ -29,6 +29,7 @@ from tests.house import (
     event,
     house,
     import_accounts,
+    owed,
     publish,
 )
 from worker import decisions, fanout, feeding, leases, ledger
@@ -331,7 +332,7 @@ def test_a_cancelled_event_is_planned_no_further_and_keeps_what_was_sent(databas
         assert ledger.settle(connection, WORKER, [sent]) == 1
         ledger.land(connection, [flight])
         assert decisions.cancel(connection, 1, by="cli:test", now=NOW) == 2
-        assert ledger.owed(connection, taken) == []
+        assert owed(connection, taken) == []
         assert not ledger.finish(connection, taken, WORKER, now=NOW)
         connection.execute(events.update().values(plan_owner=None))
         assert take_event(connection, WORKER, now=NOW) is None

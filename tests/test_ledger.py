@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import insert, select
 
 from subscriptions.database import Database
-from tests.house import NOW
+from tests.house import NOW, owed
 from worker import feeding, leases, ledger
 from worker.ledger import Claim, Lane, Settlement, Status
 from worker.schema import deliveries, events, flights, slices
@@ -103,7 +103,7 @@ def test_who_lost_the_claim_records_acceptances_only(database: Database) -> None
     assert settle(database, slow, *late) == 1
     assert statuses(database) == [Status.ACCEPTED, Status.PLANNED, Status.PLANNED]
     with database.write() as connection:
-        assert ledger.owed(connection, again) == [2, 3]
+        assert owed(connection, again) == [2, 3]
         assert ledger.begin(connection, taken, slow, [2], now=NOW)[0] == 0, "it may begin no further flight"
 
 
@@ -237,11 +237,11 @@ def test_deferred_mail_comes_back_in_a_slice_of_its_own_when_it_is_due(database:
         assert feeding.ended(connection) == ([], 0)
         assert feeding.gather_retries(connection, now=NOW) == 0
         assert feeding.gather_retries(connection, now=NOW + 60) == 1
-        chosen = feeding.take_for_queue(connection, Lane.URGENT, room=4, now=NOW + 60)
+        chosen = list(feeding.take(connection, Lane.URGENT, room=4, now=NOW + 60).numbers)
         retry = ledger.claim(connection, chosen[0], me, now=NOW + 60)
         assert retry is not None
         assert retry.members == (2,)
-        assert ledger.owed(connection, retry) == [2]
+        assert owed(connection, retry) == [2]
         ledger.settle(connection, me, [outcome(retry, 2, Status.ACCEPTED)])
         ledger.finish(connection, retry, me, now=NOW)
         assert feeding.ended(connection) == ([], 0), "its last slice ended it"
@@ -251,20 +251,20 @@ def test_deferred_mail_comes_back_in_a_slice_of_its_own_when_it_is_due(database:
 def test_a_queue_that_lost_its_messages_is_filled_again(database: Database) -> None:
     plan(database)
     with database.write() as connection:
-        assert feeding.take_for_queue(connection, Lane.URGENT, room=4, now=NOW) == [1]
-        assert feeding.take_for_queue(connection, Lane.URGENT, room=4, now=NOW) == []
+        assert list(feeding.take(connection, Lane.URGENT, room=4, now=NOW).numbers) == [1]
+        assert list(feeding.take(connection, Lane.URGENT, room=4, now=NOW).numbers) == []
         assert feeding.forget_queued(connection, before=NOW) == 0
         assert feeding.forget_queued(connection, before=NOW + 1) == 1
-        assert feeding.take_for_queue(connection, Lane.URGENT, room=4, now=NOW) == [1]
+        assert list(feeding.take(connection, Lane.URGENT, room=4, now=NOW).numbers) == [1]
 
 
 def test_a_lane_holds_no_more_slices_than_it_has_room_for(database: Database) -> None:
     plan(database, mails=ledger.SLICE_SIZE * 5)
     with database.write() as connection:
-        assert len(feeding.take_for_queue(connection, Lane.URGENT, room=3, now=NOW)) == 3
-        assert feeding.take_for_queue(connection, Lane.URGENT, room=3, now=NOW) == []
+        assert len(list(feeding.take(connection, Lane.URGENT, room=3, now=NOW).numbers)) == 3
+        assert list(feeding.take(connection, Lane.URGENT, room=3, now=NOW).numbers) == []
         connection.execute(slices.update().where(slices.c.id == 1).values(done_at=NOW))
-        assert len(feeding.take_for_queue(connection, Lane.URGENT, room=3, now=NOW)) == 1
+        assert len(list(feeding.take(connection, Lane.URGENT, room=3, now=NOW).numbers)) == 1
 
 
 def test_each_class_travels_in_its_lane() -> None:

@@ -7,6 +7,7 @@ what works: broker, event loop, relays, scheduler. Nothing is opened before they
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import threading
@@ -22,7 +23,7 @@ import dramatiq
 from dramatiq.broker import Broker
 from sqlalchemy import Connection, select
 
-from subscriptions import schema
+from subscriptions import directory, schema
 from subscriptions.catalogue import Catalogue, CatalogueError, load_catalogues
 from subscriptions.database import STALL_SECONDS, Clock, Database, DatabaseUnusable
 from worker import actors, feeding, leases, logs, migrate, notices, restore
@@ -37,6 +38,7 @@ from worker.lock import WorkLock
 from worker.mails import Composer
 from worker.relay import Relay, RelayError, Relays
 from worker.rendering import Renderer
+from worker.renditions import Press
 from worker.rescue import NOTICE_SECONDS, QUEUED_SECONDS, Scheduler
 from worker.settings import Settings
 from worker.settler import Settler
@@ -51,6 +53,8 @@ AHEAD = 8
 #: Messages of a lane of small slices that a process takes ahead, for each one that it works on.
 IDLE_MILLISECONDS = {True: 100, False: 500}
 #: How often an idle thread looks whether it is to end: with a queue of our own, and on Redis.
+COLLECT_AFTER = (20_000, 20, 50)
+#: Pages of accounts are many objects without cycles: Python's 700 would look through them again and again.
 STOP_SECONDS = 25
 #: How long a stop waits for the flights in hand: less than a container's grace of 30.
 
@@ -173,6 +177,8 @@ class Engine:
 
     def start(self) -> None:
         """Take the right to work, and begin. Raises `AnotherWorks`, `restore.OlderDatabase`, `DatabaseUnusable`."""
+        gc.freeze()
+        gc.set_threshold(*COLLECT_AFTER)
         try:
             self._take_the_right()
             self._open()
@@ -303,11 +309,15 @@ class Engine:
         host_name = settings.public_host.partition(":")[0] or socket.gethostname()
         lanes = len(self.lanes)
         self._relays = Relays([Relay(relay, host_name=host_name, lanes=lanes) for relay in settings.relay_urls])
+        composer = self.app.composer()
+        with self.app.database.read() as connection:
+            address_key = directory.address_key(connection)
         self._sender = Sender(
             settings=settings,
+            database=self.app.database,
             planner=self.app.planner,
-            composer=self.app.composer(),
-            renderer=self.app.renderer(),
+            composer=composer,
+            press=Press(composer, self.app.renderer(), address_key),
             relays=self._relays,
             writer=self._writer,
             settler=Settler(self._writer, self.number),

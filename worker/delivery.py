@@ -6,7 +6,7 @@ The path of a slice, in order:
 2. per flight: choose a relay whose limits have room (`paces`), or let the slice rest until one has
 3. look at the guard; where it moved, check again who still may get it; leave domains alone that refuse (`destinations`)
 4. render each mail as its turn comes, and hand it over on one connection
-5. settle what became of each mail within 10 milliseconds or 32 outcomes
+5. settle what became of each mail within 10 milliseconds or 64 outcomes
 6. give the slice back, once all of that is committed
 
 No transaction is open while a relay is talked to. What a crash leaves behind is named by open flights (`rescue`).
@@ -18,7 +18,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -26,21 +26,20 @@ from sqlalchemy import Connection, insert, select, update
 
 from subscriptions import directory
 from subscriptions.audience import resolve
-from subscriptions.database import Clock, DatabaseUnusable
+from subscriptions.database import Clock, Database, DatabaseUnusable, insert_into
 from subscriptions.schema import accounts as accounts_table
-from worker import ledger, logs, mime
+from worker import ledger, logs
 from worker.fanout import EventRow, Planner, event_facts, event_row
-from worker.ledger import HOLD_CLASS, NEVER, Claim, Lane, Settlement, Status
-from worker.links import bounce_sender, delivery_identity
-from worker.mails import Composer, Due, GroundRow, People, load, variant_of
+from worker.ledger import HOLD_CLASS, NEVER, Claim, Settlement, Status
+from worker.mails import Composer, Due, GroundRow, People, Shape, gather, numbered
 from worker.paces import SECOND, Paces, Rest, flight_size
 from worker.relay import About, Envelope, Kind, Outcome, Relay, RelayError, Relays
-from worker.rendering import Renderer
+from worker.renditions import Press, Told
 from worker.schedule import SOON_SECONDS, Over, in_time, retry_at
 from worker.schema import events, pauses, renditions
 from worker.settings import Settings, domain_of
 from worker.settler import Settler
-from worker.transaction import WITHDRAWN
+from worker.transaction import NEEDS_8BITMIME, WITHDRAWN
 from worker.writer import Writer
 
 T = TypeVar("T")
@@ -49,47 +48,33 @@ T = TypeVar("T")
 logger = logs.get(__name__)
 
 FLIGHT = 32
-#: Mails written to one connection together; before each flight everything that may have changed is looked at.
+#: Mails that a flight has at first; before each flight everything that may have changed is looked at.
+LARGEST_FLIGHT = 256
+#: As many as are in flight at the most.
+QUICK_SECONDS = 0.05
+#: Flights to a relay grow where one was sent faster, and shrink where it took four times as long.
+EVENTS = 16
+#: Events that a process remembers.
 FAULT_SECONDS = 60
 #: How long a slice rests after a fault of ours: it is seen in the log, and it does not spin.
 SENDER_REFUSALS = 3
 #: In a row, for one class: then the class is paused, so that a broadcast does not hold 200,000 mails one by one.
 
 
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """Mails that are about to leave together, with everything that they say."""
-
-    id: int  # 0 in the hold class: each of its mails is begun before its last bytes
-    begun: int  # when: the Date of mails that were never tried before
-    starts: int  # its slot at the relay: nothing is written before
-    guard: int  # as it was when the mails were checked
-    relay: Relay
-    dues: Sequence[Due]
-    people: People
-    withdrawn: Mapping[int, str]  # those that are not to be sent after all, or not now, and why
-    put_off: Mapping[int, tuple[str, int]]  # those that their domain lets wait: why, and until when
-
-    def domain_of(self, due: Due) -> str:
-        """Where a mail goes, A-labels."""
-        return _domain(due, self.people)
+_PAUSED_ACCOUNTS = select(pauses.c.value).where(pauses.c.scope == "account")
 
 
-def _domain(due: Due, people: People) -> str:
-    contact = people.contacts.get(due.grounds[0].contact)
-    return contact.address.rpartition("@")[2] if contact is not None else ""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work:
-    """A claimed slice with its first flight, begun in the same transaction; None where the slice owes nothing."""
+    """A claimed slice: what it owes, and what is known of it."""
 
     claim: Claim
     event: EventRow
-    guard_at_plan: int
-    address_key: bytes
-    first: Flight | Rest | None
-    numbers: tuple[int, ...]  # what comes after the first flight
+    dues: list[Due]  # in order; those that a flight took are gone
+    people: People
+    withdrawn: dict[int, str]  # those that are not to be sent after all, or not now, and why
+    guard: int  # as it was when all of that was looked at
+    looked: bool = False
 
     @property
     def hold(self) -> bool:
@@ -98,13 +83,31 @@ class Work:
 
 
 @dataclass(slots=True)
+class Flight:
+    """Mails that are about to leave together."""
+
+    id: int  # 0 in the hold class: each of its mails is begun before its last bytes
+    begun: int  # when: the Date of mails that were never tried before
+    starts: int  # its slot at the relay: nothing is written before
+    relay: Relay
+    dues: Sequence[Due]
+    put_off: Mapping[int, tuple[str, int]]  # those that their domain lets wait: why, and until when
+
+
+def _domain(due: Due, people: People) -> str:
+    contact = people.contacts.get(due.grounds[0].contact)
+    return contact.address.rpartition("@")[2] if contact is not None else ""
+
+
+@dataclass(slots=True)
 class Sender:
     """Delivers slices. Lives on the event loop of a worker process."""
 
     settings: Settings
+    database: Database
     planner: Planner
     composer: Composer
-    renderer: Renderer
+    press: Press
     relays: Relays
     writer: Writer
     settler: Settler
@@ -113,7 +116,9 @@ class Sender:
     may_send: Callable[[], bool]  # the lease is ours and nobody asked us to stop
     holds: Callable[[], bool]  # the lease is ours
     paces: Paces = field(init=False)
-    _proven: set[tuple[int, str, str]] = field(default_factory=set)
+    _events: dict[int, tuple[EventRow, int]] = field(default_factory=dict)  # number -> (event, guard at its plan)
+    _shapes: dict[int, Shape] = field(default_factory=dict)
+    _sizes: dict[str, int] = field(default_factory=dict)  # relay -> how many mails its next flight may have
     _refusals: Counter[str] = field(default_factory=Counter)  # class -> times its sender was refused in a row
     _paused_at: dict[str, int] = field(default_factory=dict)  # class -> when it was paused for that
 
@@ -125,11 +130,14 @@ class Sender:
         if not self.may_send():
             return
         relays = self._ready_relays()
-        work = await self.writer.run(lambda connection: self._take(connection, slice_id, relays))
-        if work is None:
+        taken = await self.writer.run(partial(self._take, slice_id=slice_id, relays=relays))
+        if taken is None:
             return
+        work, first = taken
         try:
-            rest = await self._flights(work)
+            if not work.looked:
+                first = await self._first(work)
+            rest = await self._flights(work, first)
         except DatabaseUnusable as error:
             logger.warning("database.unusable", why=str(error), tried_again_in_seconds=1)
             await self._postpone(work, self.clock() + SECOND, fault=False)
@@ -140,10 +148,7 @@ class Sender:
             return
         if rest is not None:
             await self._postpone(work, rest.until, fault=False)
-            return
-        await self.settler.recorded(slice_id)
-        now = self.clock()
-        if await self._surely(lambda connection: ledger.finish(connection, work.claim, self.worker, now=now)):
+        elif await self.settler.finish(work.claim, now=self.clock()):
             logger.info("event.done", event_id=work.event.ulid)
 
     def _ready_relays(self) -> tuple[Relay, ...]:
@@ -171,45 +176,83 @@ class Sender:
 
     # ------------------------------------------------------------ claim
 
-    def _take(self, connection: Connection, slice_id: int, relays: Sequence[Relay]) -> Work | None:
-        taken = ledger.claim(connection, slice_id, self.worker, now=self.clock())
-        if taken is None:
+    def _take(
+        self, connection: Connection, *, slice_id: int, relays: Sequence[Relay]
+    ) -> tuple[Work, Flight | Rest | None] | None:
+        """Claim a slice, and begin the first flight of a small one; None where another has it, or it is done."""
+        claim = ledger.claim(connection, slice_id, self.worker, now=self.clock())
+        if claim is None:
             return None
-        row = connection.execute(select(events).where(events.c.id == taken.event_id)).one()
-        event = self._addressed(connection, event_row(row))
-        numbers = ledger.owed(connection, taken)
-        work = Work(taken, event, row.guard_at_plan, directory.address_key(connection), None, ())
-        first = self._begin(connection, work, numbers, relays) if numbers else None
-        return replace(work, first=first, numbers=_after(first, numbers))
+        event, guard_at_plan = self._event(connection, claim.event_id)
+        work = Work(claim, event, [], People({}, {}, {}), {}, guard_at_plan)
+        if claim.last_n - claim.first_n >= FLIGHT:
+            return work, None
+        self._look(connection, work, *ledger.owed(claim), guard=ledger.guard(connection))
+        return work, (self._begin(connection, work=work, relays=relays) if work.dues else None)
 
-    def _addressed(self, connection: Connection, event: EventRow) -> EventRow:
-        """An event that was accepted before a sender was configured gets its domains once, for all attempts."""
+    async def _first(self, work: Work) -> Flight | Rest | None:
+        """Gather what a large slice owes, which keeps no writer waiting, and begin its first flight."""
+
+        def look() -> None:
+            with self.database.read() as connection:
+                self._look(connection, work, *ledger.owed(work.claim), guard=ledger.guard(connection))
+
+        await asyncio.to_thread(look)
+        if not work.dues:
+            return None
+        return await self.writer.run(partial(self._begin, work=work, relays=self._ready_relays()))
+
+    def _event(self, connection: Connection, number: int) -> tuple[EventRow, int]:
+        """An event, and the guard as it stood when it was planned; neither changes once it is sent.
+
+        An event that was accepted before a sender was configured gets its domains once, for all attempts.
+        """
+        known = self._events.get(number)
+        if known is not None:
+            return known
+        row = connection.execute(select(events).where(events.c.id == number)).one()
+        event = event_row(row)
         sender = self.settings.sender_of(event.class_)
-        if event.sender_domain or not sender:
-            return event
-        bounce = self.settings.bounce_domain_of(event.class_) or domain_of(sender)
-        connection.execute(
-            update(events)
-            .where(events.c.id == event.id, events.c.sender_domain == "")
-            .values(sender_domain=domain_of(sender), bounce_domain=bounce)
-        )
-        return event_row(connection.execute(select(events).where(events.c.id == event.id)).one())
+        if not event.sender_domain and sender:
+            bounce = self.settings.bounce_domain_of(event.class_) or domain_of(sender)
+            connection.execute(
+                update(events)
+                .where(events.c.id == event.id, events.c.sender_domain == "")
+                .values(sender_domain=domain_of(sender), bounce_domain=bounce)
+            )
+            return event_row(connection.execute(select(events).where(events.c.id == number)).one()), row.guard_at_plan
+        if event.sender_domain and event.scope != "one":
+            if len(self._events) >= EVENTS:
+                self._events.clear()
+            self._events[number] = event, row.guard_at_plan
+        return event, row.guard_at_plan
+
+    def _look(
+        self, connection: Connection, work: Work, condition: str, values: Mapping[str, int | list[int]], *, guard: int
+    ) -> None:
+        """Gather deliveries with whom they speak of; where the guard moved, find those that may not be sent any more.
+
+        A delivery keeps the grounds that still stand, and goes out while there is one (design, principle 3).
+        """
+        work.dues, work.people = gather(connection, work.event, condition, values, self._shapes)
+        work.withdrawn, work.looked = {}, True
+        if guard != work.guard or self._an_account_is_paused(connection, work.people):
+            self._check(connection, work)
+        work.guard = guard
+        if self._may_keep_back(work.event):
+            for due in work.dues:
+                kept_back = self._kept_back(work.event, due, work.people) if due.n not in work.withdrawn else None
+                if kept_back is not None:
+                    work.withdrawn[due.n] = kept_back
 
     # ------------------------------------------------------------ flights
 
-    async def _flights(self, work: Work) -> Rest | None:
+    async def _flights(self, work: Work, begun: Flight | Rest | None) -> Rest | None:
         """Flight after flight; until when the slice must rest, None where it need not."""
-        begun, numbers = work.first, work.numbers
         while isinstance(begun, Flight):
-            if not await self._starts(begun):
-                await self._end(begun, [due.n for due in begun.dues])
+            if not await self._fly(work, begun) or not work.dues or not self.may_send():
                 return None
-            left = await self._fly(work, begun)
-            if left is None or not (numbers := (*left, *numbers)) or not self.may_send():
-                return None
-            begin = partial(self._begin, work=work, numbers=numbers, relays=self._ready_relays())
-            begun = await self.writer.run(begin)
-            numbers = _after(begun, numbers)
+            begun = await self.writer.run(partial(self._begin, work=work, relays=self._ready_relays()))
         return begun
 
     async def _starts(self, flight: Flight) -> bool:
@@ -221,68 +264,89 @@ class Sender:
             await asyncio.sleep(min(wait / SECOND, 0.5))
         return False
 
-    def _begin(
-        self, connection: Connection, work: Work, numbers: Sequence[int], relays: Sequence[Relay]
-    ) -> Flight | Rest | None:
-        """Name the first of these mails and gather what they say; None where the claim was lost: others send them."""
+    def _begin(self, connection: Connection, *, work: Work, relays: Sequence[Relay]) -> Flight | Rest | None:
+        """Name the first of the mails that a slice owes; None where the claim was lost: others send them."""
         now, lane = self.clock(), work.claim.lane
         choice = self.paces.choose(connection, relays, among=len(self.relays.all), lane=lane, now=now)
         if isinstance(choice, Rest):
             return choice
-        members = numbers[: 1 if work.hold else min(choice.room, flight_size(relays, FLIGHT))]
+        most = self._sizes.get(choice.relay.name, FLIGHT)
+        size = 1 if work.hold else min(choice.room, flight_size(relays, most))
+        members = [due.n for due in work.dues[:size]]
         if work.hold:
             flight_id, guard = 0, ledger.guard(connection)
         else:
             flight_id, guard = ledger.begin(connection, work.claim, self.worker, members, now=now)
             if not flight_id:
                 return None
-        checked = work.hold or guard != work.guard_at_plan
-        dues, people, withdrawn = self._ready(connection, work.event, members, check=checked)
-        leaving = [due for due in dues if due.n not in withdrawn]
-        put_off = self._put_off(connection, leaving, people, lane=lane, now=now)
-        starts = self.paces.take(connection, choice.relay, len(leaving) - len(put_off), now=now)
+        if guard != work.guard:
+            self._look(connection, work, *numbered([due.n for due in work.dues]), guard=guard)
+        dues = work.dues[:size]
+        put_off = self._put_off(connection, work, dues, now=now)
+        leaving = sum(due.n not in work.withdrawn for due in dues) - len(put_off)
+        starts = self.paces.take(connection, choice.relay, leaving, now=now)
         if starts is None:
             ledger.land(connection, [flight_id])
             return Rest(now + SECOND)
-        return Flight(flight_id, now, starts, guard, choice.relay, dues, people, withdrawn, put_off)
+        return Flight(flight_id, now, starts, choice.relay, dues, put_off)
 
     def _put_off(
-        self, connection: Connection, dues: Sequence[Due], people: People, *, lane: Lane, now: int
+        self, connection: Connection, work: Work, dues: Sequence[Due], *, now: int
     ) -> dict[int, tuple[str, int]]:
         """Those of these mails that their domain lets wait: because it refuses, or because of its rate."""
-        domains = {due.n: _domain(due, people) for due in dues}
-        waits = self.settler.destinations.put_off(connection, domains, now=now)
+        destinations = self.settler.destinations
+        destinations.refresh(connection, now=now)
+        if destinations.calm and not self.paces.domain_rates:
+            return {}
+        domains = {due.n: _domain(due, work.people) for due in dues if due.n not in work.withdrawn}
+        waits = destinations.put_off(connection, domains, now=now)
         # Whoever waited for a slot of its domain has it now, and takes no second one.
-        rated = {due.n: domains[due.n] for due in dues if due.n not in waits and due.reason != "domain_rate"}
-        slots = self.paces.put_off(connection, rated, lane=lane, now=now)
+        waited = {due.n for due in dues if due.reason == "domain_rate"}
+        rated = {n: domain for n, domain in domains.items() if n not in waits and n not in waited}
+        slots = self.paces.put_off(connection, rated, lane=work.claim.lane, now=now)
         return {n: ("domain_waits", at) for n, at in waits.items()} | {
             n: ("domain_rate", at) for n, at in slots.items()
         }
 
-    async def _fly(self, work: Work, flight: Flight) -> list[int] | None:
-        """Send these mails; returns those that were not begun because the relay failed: another may take them.
+    async def _fly(self, work: Work, flight: Flight) -> bool:
+        """Send the mails of a flight; False where the claim seems to be lost, or a mail must be made again.
 
-        None where the claim seems to be lost, or a mail must be made again: the slice is looked at anew.
+        Mails that were not begun because the relay failed go back into the slice: another relay may take them.
         """
-        self.settler.expect(flight.id, len(flight.dues))
         mails = _Mails(self, work, flight)
-        lane = int(work.claim.lane)
+        del work.dues[: len(flight.dues)]
         try:
+            if not await self._starts(flight):
+                await self._end(work, flight, flight.dues)
+                return False
+            self.settler.expect(flight.id, len(flight.dues))
+            before = asyncio.get_running_loop().time()
+            lane = int(work.claim.lane)
             await flight.relay.send(mails.envelopes(), lane=lane, done=mails.done, gate=self.settler)
         except RelayError:
             await self.settler.recorded(work.claim.slice_id)
-            self.settler.forget(flight.id)
-            left = [due.n for due in flight.dues if due.n not in mails.settled]
-            await self._end(flight, left)
-            return left
-        if mails.stopped:
-            self.settler.forget(flight.id)
-            return None
-        return []
+            left = [due for due in flight.dues if due.n not in mails.settled]
+            await self._end(work, flight, left)
+            work.dues[:0] = left
+            return True
+        finally:
+            self.settler.in_air -= mails.in_air
+            if len(mails.settled) < len(flight.dues):
+                self.settler.forget(flight.id)
+        self._fit(flight, asyncio.get_running_loop().time() - before)
+        return not mails.stopped
 
-    async def _end(self, flight: Flight, left: Sequence[int]) -> None:
+    def _fit(self, flight: Flight, seconds: float) -> None:
+        """The next flight to a relay is larger where this one was quick, so that few are begun; smaller where slow."""
+        size = len(flight.dues)
+        if seconds < QUICK_SECONDS and size >= FLIGHT:
+            self._sizes[flight.relay.name] = min(2 * size, LARGEST_FLIGHT)
+        elif seconds > 4 * QUICK_SECONDS:
+            self._sizes[flight.relay.name] = max(size // 2, FLIGHT)
+
+    async def _end(self, work: Work, flight: Flight, left: Sequence[Due]) -> None:
         """End a flight of which these mails were not begun: they do not count in the relay's day."""
-        unsent = sum(n not in flight.withdrawn and n not in flight.put_off for n in left)
+        unsent = sum(due.n not in work.withdrawn and due.n not in flight.put_off for due in left)
 
         def end(connection: Connection) -> None:
             ledger.land(connection, [flight.id])
@@ -290,33 +354,27 @@ class Sender:
 
         await self.writer.run(end)
 
-    def _ready(
-        self, connection: Connection, event: EventRow, members: Sequence[int], *, check: bool
-    ) -> tuple[list[Due], People, dict[int, str]]:
-        """The deliveries of a flight, whom they speak of, and why some of them are not to be sent, or not now.
-
-        A delivery keeps the grounds that still stand, and goes out while there is one (design, principle 3).
-        """
-        dues, people = load(connection, event, members)
-        whole = self._whole_event_waits(connection, event) if check else None
+    def _check(self, connection: Connection, work: Work) -> None:
+        """Find what may not be sent any more, or not now: it, its grounds or its event may have fallen meanwhile."""
+        event, people = work.event, work.people
+        whole = self._whole_event_waits(connection, event)
         if whole is not None:
-            return dues, people, {due.n: whole for due in dues}
-        fallen = self._fallen(connection, event, dues, people) if check else {}
-        paused = self._paused_accounts(connection) if check else set()
-        ready: list[Due] = []
-        gone: dict[int, str] = {}
-        for due in dues:
+            work.withdrawn = {due.n: whole for due in work.dues}
+            return
+        fallen = self._fallen(connection, event, work.dues, people)
+        paused = self._paused_accounts(connection)
+        for place, due in enumerate(work.dues):
             reasons = [_fell(ground, due, people, fallen=fallen, paused=paused) for ground in due.grounds]
             standing = tuple(ground for ground, reason in zip(due.grounds, reasons, strict=True) if reason is None)
             if not standing:
-                gone[due.n] = "paused" if "paused" in reasons else str(reasons[0])
-                ready.append(due)
+                work.withdrawn[due.n] = "paused" if "paused" in reasons else str(reasons[0])
                 continue
-            ready.append(replace(due, grounds=standing))
-            kept_back = self._kept_back(event, ready[-1], people)
-            if kept_back is not None:
-                gone[due.n] = kept_back
-        return ready, people, gone
+            work.dues[place] = due._replace(grounds=standing)
+
+    def _may_keep_back(self, event: EventRow) -> bool:
+        """Whether any mail of an event may be kept back: only then are they looked at one by one."""
+        sends = self.planner.mode_of(event.mode) == "live" and self.settings.sender_of(event.class_)
+        return not sends or self.composer.links is None
 
     def _kept_back(self, event: EventRow, due: Due, people: People) -> str | None:
         """Why a mail may not leave now, though it is owed: a setting of this installation."""
@@ -339,9 +397,14 @@ class Sender:
         whole = {("all", ""), ("class", event.class_), ("event", event.ulid)}
         return "paused" if standing & whole else None
 
+    def _an_account_is_paused(self, connection: Connection, people: People) -> bool:
+        """Also before the event was planned, when the guard does not tell."""
+        names = set(connection.execute(_PAUSED_ACCOUNTS).scalars())
+        return bool(names) and any(ext in names for ext, _, _ in people.accounts.values())
+
     def _paused_accounts(self, connection: Connection) -> set[int]:
-        names = select(pauses.c.value).where(pauses.c.scope == "account")
-        return set(connection.execute(select(accounts_table.c.id).where(accounts_table.c.ext.in_(names))).scalars())
+        paused = select(accounts_table.c.id).where(accounts_table.c.ext.in_(_PAUSED_ACCOUNTS))
+        return set(connection.execute(paused).scalars())
 
     def _fallen(self, connection: Connection, event: EventRow, dues: Sequence[Due], people: People) -> dict[int, str]:
         """Who opted out or was suppressed since the planning: contact -> reason.
@@ -389,22 +452,12 @@ class Sender:
         """Whether this process paused a class after a flight began."""
         return self._paused_at.get(class_, -1) >= begun
 
-    def keep_rendition(self, connection: Connection, event_id: int, variant: str, locale: str, hash_: str) -> None:
-        """Remember which templates an event's variant was rendered with."""
-        found = connection.execute(
-            select(renditions.c.id).where(
-                renditions.c.event_id == event_id, renditions.c.variant == variant, renditions.c.locale == locale
-            )
-        ).first()
-        if found is None:
-            connection.execute(
-                insert(renditions).values(event_id=event_id, variant=variant, locale=locale, template_hash=hash_)
-            )
 
-
-def _after(begun: Flight | Rest | None, numbers: Sequence[int]) -> tuple[int, ...]:
-    """The mails that come after a flight of the first of these."""
-    return tuple(numbers[len(begun.dues) :] if isinstance(begun, Flight) else numbers)
+def _keep_rendition(connection: Connection, *, made: Told) -> None:
+    """Remember which templates an event's variant was rendered with."""
+    row = {"event_id": made.event_id, "variant": made.variant, "locale": made.locale}
+    statement = insert_into(connection, renditions).values(**row, template_hash=made.template_hash)
+    connection.execute(statement.on_conflict_do_nothing())
 
 
 def _pause_class(connection: Connection, *, class_: str, now: int) -> None:
@@ -438,54 +491,61 @@ class _Mails:
     _holds: dict[int, int] = field(default_factory=dict)  # n -> flight, in the hold class
     _fallen: dict[int, str] = field(default_factory=dict)  # what may not go after all, seen before its last bytes
     stopped: bool = False  # a mail may not leave by this claim
+    answered: int = 0  # of those that were made
     settled: set[int] = field(default_factory=set)  # the numbers of which it is known what became of them
+
+    @property
+    def in_air(self) -> int:
+        """How many were made and not answered."""
+        return len(self._flown) - self.answered
 
     def envelopes(self) -> Iterator[Envelope]:
         """Each mail that is to go; the others are settled on the way."""
-        flight, event, sender = self.flight, self.work.event, self.sender
+        work, flight, event, sender = self.work, self.flight, self.work.event, self.sender
+        destinations = sender.settler.destinations
         for due in flight.dues:
             if not sender.holds():  # others may send what is left: to be frozen must not make second copies of it
                 self.stopped = True
                 return
-            now = sender.clock()
             if sender.paused_since(event.class_, flight.begun):
                 self._not_now(due, "paused")
                 continue
-            if due.n in flight.withdrawn:
-                self._not_now(due, flight.withdrawn[due.n])
+            if due.n in work.withdrawn:
+                self._not_now(due, work.withdrawn[due.n])
                 continue
-            if event.expires_at is not None and now >= event.expires_at:
+            if event.expires_at is not None and sender.clock() >= event.expires_at:
                 self._settle(due, Status.EXPIRED, "expired")
                 continue
             if due.n in flight.put_off:
                 self._put_off(due, *flight.put_off[due.n])
                 continue
-            waits = sender.settler.destinations.waits(flight.domain_of(due), now=now)
-            if waits is not None:
-                self._put_off(due, "domain_waits", waits)
-                continue
+            if not destinations.calm:
+                waits = destinations.waits(_domain(due, work.people), now=sender.clock())
+                if waits is not None:
+                    self._put_off(due, "domain_waits", waits)
+                    continue
             try:
-                envelope = self._envelope(due, flight.people)
+                envelope = self._envelope(due)
             except Exception as error:  # noqa: BLE001 - whatever is wrong with it is wrong with this mail alone (R20)
-                logger.error("mail.unrenderable", event_id=self.work.event.ulid, n=due.n, why=str(error))
+                logger.error("mail.unrenderable", event_id=event.ulid, n=due.n, why=str(error))
                 self._settle(due, Status.HELD, "cannot_be_rendered", reply=str(error))
                 continue
             self._flown.append(due)
+            self.sender.settler.in_air += 1
             yield envelope
 
     def done(self, number: int, outcome: Outcome) -> None:
         """A mail was answered: one place turns what happened into a state."""
         due, event, sender = self._flown[number], self.work.event, self.sender
-        if outcome is WITHDRAWN:
-            sender.settler.give_back(1)
-            if due.n in self._fallen:
-                self._not_now(due, self._fallen[due.n])
-            else:
-                self.stopped = True  # the claim was lost, or we stop: it stays as it is, and goes with its slice
+        sender.settler.in_air -= 1
+        self.answered += 1
+        if outcome is WITHDRAWN or outcome is NEEDS_8BITMIME:
+            self._not_sent(due)
             return
-        sender.settler.destinations.answered(
-            self.flight.domain_of(due), outcome, attempts=due.attempts, now=sender.clock()
-        )
+        destinations = sender.settler.destinations
+        if outcome.kind is not Kind.ACCEPTED or due.attempts or not destinations.calm:
+            domain = _domain(due, self.work.people)
+            destinations.answered(domain, outcome, attempts=due.attempts, now=sender.clock())
         if outcome.kind is Kind.ACCEPTED:
             sender.sender_took(event.class_)
         match outcome.kind:
@@ -503,6 +563,13 @@ class _Mails:
                 self._soon(due, outcome)
             case Kind.TEMPORARY:
                 self._again(due, "refused_for_now", outcome)
+
+    def _not_sent(self, due: Due) -> None:
+        """A mail was not begun after all: withdrawn by us, or written for a relay that takes other bytes."""
+        if due.n in self._fallen:
+            self._not_now(due, self._fallen[due.n])
+        else:
+            self.stopped = True  # the claim was lost, we stop, or it is made again: it goes with its slice
 
     def _refused(self, due: Due, outcome: Outcome) -> None:
         """A mail was refused for good: what about decides whether a person must look."""
@@ -571,27 +638,15 @@ class _Mails:
         else:
             self._settle(due, Status.CANCELLED, reason)
 
-    def _envelope(self, due: Due, people: People) -> Envelope:
-        sender, event = self.sender, self.work.event
-        mail = sender.composer.mail_of(event, due, people, now=self.flight.begun)
-        email = sender.renderer.render(mail)
-        body = mime.assemble(email)
-        identity = delivery_identity(event.ulid, due.mailbox_key)
-        variant = (event.id, variant_of(due.grounds[0].shape), mail.locale)
-        if variant not in sender._proven:  # noqa: SLF001 - one object in two halves
-            mime.prove(email, body)
-            if len(sender._proven) > 10_000:  # noqa: SLF001
-                sender._proven.clear()  # noqa: SLF001
-            sender._proven.add(variant)  # noqa: SLF001
-            hash_ = sender.renderer.version(event.type)
-            sender.writer.submit(lambda c: sender.keep_rendition(c, *variant, hash_))
-        return Envelope(
-            sender=bounce_sender(self.work.address_key, event.id, due.n, identity, domain=event.bounce_domain),
-            recipient=mime.wire_address(mail.to_address),
-            body=body,
-            smtputf8=mime.needs_smtputf8(mail.to_address),
-            before_dot=(lambda: self._mark(due)) if event.class_ == HOLD_CLASS else None,
-        )
+    def _envelope(self, due: Due) -> Envelope:
+        sender, work, flight = self.sender, self.work, self.flight
+        eightbit = "8bitmime" in flight.relay.offers
+        envelope = sender.press.envelope(work.event, due, work.people, begun=flight.begun, eightbit=eightbit)
+        if work.hold:
+            envelope.before_dot = partial(self._mark, due)
+        for one in sender.press.told():
+            sender.writer.submit(partial(_keep_rendition, made=one))
+        return envelope
 
     async def _mark(self, due: Due) -> bool:
         """The hold class: commit that this mail may leave, before its last bytes; False where it may not, or not now.
@@ -611,13 +666,15 @@ class _Mails:
 
     def _begin_one(self, connection: Connection, due: Due) -> tuple[int, str | None]:
         """(flight, why it may not go after all); flight 0 where it may not, or the claim was lost."""
-        if ledger.guard(connection, held=True) != self.flight.guard:
-            dues, _, withdrawn = self.sender._ready(connection, self.work.event, [due.n], check=True)  # noqa: SLF001 - one object in two halves
-            if withdrawn:
-                return 0, withdrawn[due.n]
-            if dues[0].grounds != due.grounds:
+        claim, guard = self.work.claim, ledger.guard(connection, held=True)
+        if guard != self.work.guard:
+            again = Work(claim, self.work.event, [], People({}, {}, {}), {}, self.work.guard)
+            self.sender._look(connection, again, *numbered([due.n]), guard=guard)  # noqa: SLF001 - one object in two halves
+            if again.withdrawn:
+                return 0, again.withdrawn[due.n]
+            if not again.dues or again.dues[0].grounds != due.grounds:
                 return 0, None  # it speaks of a ground that fell: it is made again
-        flight_id, _ = ledger.begin(connection, self.work.claim, self.sender.worker, [due.n], now=self.flight.begun)
+        flight_id, _ = ledger.begin(connection, claim, self.sender.worker, [due.n], now=self.flight.begun)
         return flight_id, None
 
     def _settle(
@@ -641,18 +698,18 @@ class _Mails:
             logger.warning("delivery.failed", event_id=event.ulid, n=due.n, reason=reason, reply=outcome.reply)
         self.sender.settler.add(
             Settlement(
-                event_id=event.id,
-                n=due.n,
-                slice_id=self.work.claim.slice_id,
-                epoch=self.work.claim.epoch,
-                flight_id=self._holds.get(due.n, self.flight.id),
-                status=status,
-                reason=reason,
-                attempted=outcome is not None if attempted is None else attempted,
-                due_at=due_at,
-                relay=self.flight.relay.name if outcome is not None else None,
-                reply=outcome.reply if outcome is not None else reply,
-                flown_at=self.flight.begun,
-                at=self.sender.clock(),
+                event.id,
+                due.n,
+                self.work.claim.slice_id,
+                self.work.claim.epoch,
+                self._holds.get(due.n, self.flight.id),
+                status,
+                reason,
+                outcome is not None if attempted is None else attempted,
+                due_at,
+                self.flight.relay.name if outcome is not None else None,
+                outcome.reply if outcome is not None else reply,
+                self.flight.begun,
+                self.sender.clock(),
             )
         )

@@ -65,10 +65,19 @@ class Destinations:
 
     # ------------------------------------------------------------ before a mail goes
 
-    def put_off(self, connection: Connection, domains: Mapping[int, str], *, now: int) -> dict[int, int]:
-        """Those of these mails (number -> domain) that may not go now, with the time when they come again."""
+    @property
+    def calm(self) -> bool:
+        """Whether nothing is known that could concern a mail, or an acceptance could end."""
+        return not (self._rows or self._own or self._failures or self._probing)
+
+    def refresh(self, connection: Connection, *, now: int) -> None:
+        """Read what other processes know, where that was long ago."""
         if not 0 <= now - self._read_at < READ_SECONDS * 1_000_000:
             self._read(connection, now)
+
+    def put_off(self, connection: Connection, domains: Mapping[int, str], *, now: int) -> dict[int, int]:
+        """Those of these mails (number -> domain) that may not go now, with the time when they come again."""
+        self.refresh(connection, now=now)
         later: dict[int, int] = {}
         for n, domain in domains.items():
             if self._state(domain) is not None and not self._tries(connection, domain, now):

@@ -325,27 +325,6 @@ def unpack(packed: bytes) -> list[tuple[int, int]]:
     return pairs
 
 
-# ---------------------------------------------------------------- one account, inside the accepting transaction
-
-
-def plan_one(
-    planning: Planning, event: EventRow, account: AccountFacts, verdict: Verdicts, *, now: int, owner: int
-) -> None:
-    """Plan an event for one account: verdicts, deliveries, slices, and the event's state."""
-    next_n = planning.write(event, [(account, verdict)], next_n=1, now=now, owner=owner)
-    feeding.make_slices(planning.connection, event.id, event.lane, first_n=1, last_n=next_n - 1, due_at=now)
-    planning.connection.execute(
-        update(events)
-        .where(events.c.id == event.id)
-        .values(
-            status="sending" if next_n > 1 else "done",
-            next_n=next_n,
-            planned_at=now,
-            guard_at_plan=ledger.guard(planning.connection),
-        )
-    )
-
-
 # ---------------------------------------------------------------- broadcasts, page by page
 
 

@@ -181,11 +181,6 @@ class Taken:
 NOTHING_TAKEN = Taken((), 0, first=False)
 
 
-def take_for_queue(connection: Connection, lane: Lane, *, room: int, now: int, small: int = 1) -> list[int]:
-    """The numbers of what `take` takes."""
-    return list(take(connection, lane, room=room, now=now, small=small).numbers)
-
-
 def take(connection: Connection, lane: Lane, *, room: int, now: int, small: int = 1) -> Taken:
     """Slices of a lane to be put into its queue now, marked as queued.
 

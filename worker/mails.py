@@ -11,19 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, cast
+from operator import itemgetter
+from typing import Any, NamedTuple, cast
 
 from sqlalchemy import Connection, select
 
 from subscriptions import directory
+from subscriptions.bulk import read_columns
 from subscriptions.catalogue import Catalogue
 from subscriptions.directory import ContactRow
-from subscriptions.schema import accounts as accounts_table
-from subscriptions.schema import mailboxes
 from worker.fanout import EventRow
 from worker.links import Links, contact_identity, delivery_identity
 from worker.rendering import FIRST_GROUND, LABEL, Ground, Mail, Variant, list_label, shown_account, shown_name
-from worker.schema import deliveries, more_grounds, verdict_shapes
+from worker.schema import verdict_shapes
 from worker.settings import Settings
 
 
@@ -37,8 +37,7 @@ class Shape:
     deduplicated: bool
 
 
-@dataclass(frozen=True, slots=True)
-class GroundRow:
+class GroundRow(NamedTuple):
     """One account's reason for a delivery, by numbers."""
 
     account: int
@@ -46,8 +45,7 @@ class GroundRow:
     shape: Shape
 
 
-@dataclass(frozen=True, slots=True)
-class Due:
+class Due(NamedTuple):
     """A delivery with its grounds, the first one first."""
 
     n: int
@@ -59,11 +57,30 @@ class Due:
     reason: str | None = None  # why it waited until now
 
 
+class Addressee(NamedTuple):
+    """A contact as a mail to it needs it."""
+
+    number: int
+    account: int  # the account's number
+    id: str
+    name: str
+    email: str  # as written: mail goes there
+    address: str  # normalised; empty once erased
+    mailbox: int
+    locale: str
+    timezone: str
+    removed: bool
+
+
+Contact = Addressee | ContactRow
+"""A contact as a mail to it needs it, or with all that is known of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class People:
     """The contacts and accounts that a set of deliveries speaks of, by number."""
 
-    contacts: Mapping[int, ContactRow]
+    contacts: Mapping[int, Contact]
     accounts: Mapping[int, tuple[str, str, str]]  # (id, name, catalogue)
     members: Mapping[int, Sequence[ContactRow]]  # all contacts of an account, for requests only
 
@@ -82,58 +99,76 @@ def shape_of(body: str) -> Shape:
 
 def load(connection: Connection, event: EventRow, numbers: Sequence[int]) -> tuple[list[Due], People]:
     """The deliveries of an event with these numbers, in order, and whom they speak of."""
-    table = deliveries
-    rows = connection.execute(
-        select(
-            table.c.n, table.c.mailbox_id, table.c.attempts, table.c.first_flight_at, table.c.reason,
-            table.c.account_id, table.c.contact_id, verdict_shapes.c.body, mailboxes.c.address_key,
-        )
-        .join(verdict_shapes, verdict_shapes.c.id == table.c.shape_id)
-        .join(mailboxes, mailboxes.c.id == table.c.mailbox_id)
-        .where(table.c.event_id == event.id, table.c.n.in_(numbers))
-        .order_by(table.c.n)
-    ).all()  # fmt: skip
+    return gather(connection, event, *numbered(numbers), {})
+
+
+def numbered(numbers: Sequence[int]) -> tuple[str, dict[str, int | list[int]]]:
+    """The condition of `gather` for deliveries with these numbers."""
+    return "d.n AMONG :numbers", {"numbers": list(numbers)}
+
+
+def gather(
+    connection: Connection,
+    event: EventRow,
+    condition: str,
+    values: Mapping[str, int | list[int]],
+    shapes: dict[int, Shape],
+) -> tuple[list[Due], People]:
+    """The deliveries `d` of an event for which a condition holds, in order, and whom they speak of.
+
+    A few statements, however many there are. `shapes` keeps the verdict shapes that were read, by number.
+    """
+    own = _OWN_SQLITE if connection.dialect.name == "sqlite" else _OWN_POSTGRESQL
+    place = "JOIN mailboxes m ON m.id = d.mailbox_id"
+    whole = f"d.event_id = :event AND {condition}"
+    rows = _rows(connection, own, f"FROM deliveries d {place} {_SPOKEN_OF} WHERE {whole}", event=event.id, **values)
+    more: list[tuple[Any, ...]] = []
+    if event.scope != "one" and rows:
+        rest = f"FROM more_grounds d {_SPOKEN_OF} WHERE d.event_id = :event AND d.n BETWEEN :first AND :last"
+        first, last = min(row[_N] for row in rows), max(row[_N] for row in rows)
+        more = _rows(connection, (), rest, event=event.id, first=first, last=last)
+    _learn_shapes(connection, {row[_SHAPE] for row in (*rows, *more)} - shapes.keys(), shapes)
     further: dict[int, list[GroundRow]] = {}
-    if event.scope != "one":
-        more = more_grounds
-        for row in connection.execute(
-            select(more.c.n, more.c.account_id, more.c.contact_id, verdict_shapes.c.body)
-            .join(verdict_shapes, verdict_shapes.c.id == more.c.shape_id)
-            .where(more.c.event_id == event.id, more.c.n.in_(numbers))
-            .order_by(more.c.n, more.c.account_id, more.c.contact_id)
-        ):
-            further.setdefault(row.n, []).append(GroundRow(row.account_id, row.contact_id, shape_of(row.body)))
-    dues = [
-        Due(
-            n=row.n,
-            mailbox=row.mailbox_id,
-            mailbox_key=bytes(row.address_key),
-            attempts=row.attempts,
-            first_flight_at=row.first_flight_at,
-            reason=row.reason,
-            grounds=(
-                GroundRow(row.account_id, row.contact_id, shape_of(row.body)),
-                *further.get(row.n, ()),
-            ),
-        )
-        for row in rows
-    ]
-    grounds = [ground for due in dues for ground in due.grounds]
-    accounts = {ground.account for ground in grounds}
-    people = People(
-        contacts=directory.contact_rows(connection, {ground.contact for ground in grounds}),
-        accounts=_accounts(connection, accounts),
-        members=directory.contacts_of(connection, accounts) if event.category == "approval_request" else {},
-    )
-    return dues, people
+    for row in sorted(more, key=itemgetter(_N, _ACCOUNT, _CONTACT)):
+        further.setdefault(row[_N], []).append(GroundRow(row[_ACCOUNT], row[_CONTACT], shapes[row[_SHAPE]]))
+    dues, contacts, accounts = [], {}, {}
+    for row in (*rows, *more):
+        if row[_ADDRESSEE] is not None:
+            contacts[row[_CONTACT]] = Addressee._make((row[_CONTACT], *row[_ADDRESSEE:_NAMED]))
+        accounts[row[_ACCOUNT]] = row[_NAMED:_OWN]
+    for row in sorted(rows, key=itemgetter(_N)):
+        n, mailbox, attempts, first_flight_at, reason, key = row[_N], *row[_OWN:]
+        first_ground = GroundRow(row[_ACCOUNT], row[_CONTACT], shapes[row[_SHAPE]])
+        grounds = (first_ground, *further[n]) if n in further else (first_ground,)
+        dues.append(Due(n, mailbox, bytes.fromhex(key), attempts, first_flight_at, grounds, reason))
+    members = directory.contacts_of(connection, accounts) if event.category == "approval_request" else {}
+    return dues, People(contacts, accounts, members)
 
 
-def _accounts(connection: Connection, numbers: set[int]) -> dict[int, tuple[str, str, str]]:
-    table = accounts_table
-    rows = connection.execute(
-        select(table.c.id, table.c.ext, table.c.name, table.c.catalogue).where(table.c.id.in_(numbers))
-    )
-    return {row.id: (row.ext, row.name, row.catalogue) for row in rows}
+_N, _ACCOUNT, _CONTACT, _SHAPE, _ADDRESSEE, _NAMED, _OWN = 0, 1, 2, 3, 4, 13, 16
+#: Where they begin in a row: a ground's numbers, its addressee, its account, what stands in `deliveries` alone.
+_GROUND = (
+    "d.n", "d.account_id", "d.contact_id", "d.shape_id", "c.account_id", "c.ext", "c.name", "c.email",
+    "coalesce(b.address, '')", "c.mailbox_id", "c.locale", "c.timezone", "c.removed_at IS NOT NULL", "a.ext", "a.name",
+    "a.catalogue",
+)  # fmt: skip
+_OWN_SQLITE = ("d.mailbox_id", "d.attempts", "d.first_flight_at", "d.reason", "hex(m.address_key)")
+_OWN_POSTGRESQL = (*_OWN_SQLITE[:-1], "encode(m.address_key, 'hex')")
+_SPOKEN_OF = """
+    LEFT JOIN contacts c ON c.id = d.contact_id LEFT JOIN mailboxes b ON b.id = c.mailbox_id
+    JOIN accounts a ON a.id = d.account_id
+"""
+
+
+def _rows(connection: Connection, own: tuple[str, ...], rest: str, **values: int | list[int]) -> list[tuple[Any, ...]]:
+    return list(zip(*read_columns(connection, (*_GROUND, *own), rest, **values), strict=True))
+
+
+def _learn_shapes(connection: Connection, numbers: set[int], shapes: dict[int, Shape]) -> None:
+    if numbers:
+        table = verdict_shapes
+        for row in connection.execute(select(table.c.id, table.c.body).where(table.c.id.in_(numbers))):
+            shapes[row.id] = shape_of(row.body)
 
 
 def may_opt_out(catalogue: Catalogue, category: str, roles: Sequence[str]) -> bool:

@@ -266,7 +266,6 @@ class Relay:
                 if flight.error is not None:
                     raise flight.error
             finally:
-                flight.end()
                 self._breaker.leave(flight)
                 if channel is not None:
                     self._rest(channel)
@@ -460,7 +459,6 @@ class _Flight:
         self._again = False  # the session ended before a mail that it had begun
         self._struck = False  # this connection ended: what that does to further mails tells nothing new
         self._taken = 0
-        self._granted = 0  # of those taken, so many are not answered yet
         self._exhausted = False
 
     async def ready(self) -> bool:
@@ -483,7 +481,6 @@ class _Flight:
         if not wanted or self._exhausted or self.error is not None:
             return mails
         granted = wanted if self._gate is None else self._gate.take(wanted)
-        self._granted += granted
         before = self._taken
         try:
             for envelope in islice(self._envelopes, granted):
@@ -495,7 +492,6 @@ class _Flight:
                 self._exhausted = self._taken < before + granted
         except Exception as error:  # noqa: BLE001 - raised by `send`, once the mails in flight are answered
             self.error = error
-        self._give_back(before + granted - self._taken)
         return mails
 
     def put_back(self, mail: Mail) -> None:
@@ -522,22 +518,12 @@ class _Flight:
                 self.error = error
                 return
             self._struck = self._struck or outcome.about is About.RELAY
-        self._granted -= 1
         self._done(mail.number, outcome)
 
     def begins_again(self) -> bool:
         """Before a connection is had: whether it must be a fresh one."""
         fresh, self._again, self._struck = self._again, False, False
         return fresh
-
-    def end(self) -> None:
-        """What was taken and never answered is not in flight."""
-        self._give_back(self._granted)
-
-    def _give_back(self, unused: int) -> None:
-        self._granted -= unused
-        if self._gate is not None and unused:
-            self._gate.give_back(unused)
 
 
 class Relays:

@@ -25,11 +25,10 @@ from typing import Any, Final, TypeVar
 
 from markupsafe import escape
 
-from subscriptions.directory import ContactRow
 from worker import logs, mime
 from worker.fanout import EventRow
 from worker.links import bounce_sender, delivery_identity
-from worker.mails import Composer, Due, People, Shape
+from worker.mails import Composer, Contact, Due, People, Shape
 from worker.rendering import (
     FIRST_GROUND,
     IN_A_GROUND,
@@ -164,7 +163,7 @@ class Press:
     # ------------------------------------------------------------ by a rendition
 
     def _filled(
-        self, event: EventRow, due: Due, people: People, contact: ContactRow, *, begun: int, eightbit: bool
+        self, event: EventRow, due: Due, people: People, contact: Contact, *, begun: int, eightbit: bool
     ) -> bytes | None:
         """The mail by the rendition of its kind; None where it must be rendered in full."""
         kind = self._kind_of(event, due, people, contact, eightbit=eightbit)
@@ -187,7 +186,7 @@ class Press:
         self.by_rendition += 1
         return body
 
-    def _kind_of(self, event: EventRow, due: Due, people: People, contact: ContactRow, *, eightbit: bool) -> _Kind:
+    def _kind_of(self, event: EventRow, due: Due, people: People, contact: Contact, *, eightbit: bool) -> _Kind:
         """The kind of a mail: all that its words depend on but the personal values."""
         grounds, accounts = due.grounds, people.accounts
         first = grounds[0]

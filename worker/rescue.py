@@ -271,7 +271,13 @@ class Scheduler:
                 if event is None:
                     return
                 fanout.plan_event(
-                    self.database, self.planner, event, self.worker, clock=self.clock, go_on=self.may_send
+                    self.database,
+                    self.planner,
+                    event,
+                    self.worker,
+                    clock=self.clock,
+                    go_on=self.may_send,
+                    released=self._released,
                 )
             except DatabaseUnusable as error:
                 logger.warning("scheduler.failed", why=str(error), tried_again_in_seconds=1)
@@ -280,8 +286,12 @@ class Scheduler:
                 if event is None:
                     raise
                 self._set_aside(event, error)
-            self.wake()
-            self.tell(waking.DUE.values())
+            self._released()
+
+    def _released(self) -> None:
+        """Something may be sent now: here, and elsewhere."""
+        self.wake()
+        self.tell(waking.DUE.values())
 
     def _set_aside(self, event: fanout.EventRow, error: Exception) -> None:
         logger.exception("event.held", event_id=event.ulid, why=str(error), what_next="a person decides")

@@ -1,33 +1,45 @@
-"""Outcomes of a worker process on their way into the ledger.
+"""Outcomes of a worker process on their way into the ledger, and how many mails may be in flight meanwhile.
 
-The window between a relay's answer and its durable record is kept small: an outcome waits 10 milliseconds or for 32
-others, and no further mail is begun while too many wait. What can't be committed at once is kept and tried again.
+A mail is in flight from when it is handed over until its outcome is committed: a crash leaves no more in doubt (design,
+principle 6). So the window between a relay's answer and its durable record is kept small: an outcome waits 10
+milliseconds or for 128 others, and no further mail is begun while one waits for long. What can't be committed at once
+is kept and tried again. Lives on the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from time import monotonic
 
 from sqlalchemy import Connection
 
 from worker import destinations, ledger, logs
 from worker.destinations import Destinations, Wait
-from worker.ledger import Settlement
+from worker.ledger import Claim, Settlement
 from worker.writer import Writer
 
 logger = logs.get(__name__)
 
 SETTLE_SECONDS = 0.01
-SETTLE_OUTCOMES = 32
+SETTLE_OUTCOMES = 128
 #: Outcomes wait no longer, and no more of them, before they are committed (design, principle 6).
-UNSETTLED = 48
+IN_FLIGHT = 256
+#: Mails of a worker process that were handed over and whose outcomes are not committed.
 LAG_SECONDS = 0.03
-#: No further mail is begun while so many outcomes of this process are not committed, or one for so long: a crash then
-#: leaves little open, whether the database is quick or slow.
+#: No further mail is begun while an outcome is uncommitted for so long: a slow database then leaves little open.
+
+
+@dataclass(slots=True)
+class Finish:
+    """A slice that is given back with the commit of its last outcome; `done` tells whether its event ended with it."""
+
+    claim: Claim
+    at: int
+    done: asyncio.Future[bool]
 
 
 @dataclass(slots=True)
@@ -38,54 +50,50 @@ class Settler:
     worker: int
     destinations: Destinations = field(default_factory=Destinations)
     _pending: list[Settlement] = field(default_factory=list)
-    _open: dict[int, int] = field(default_factory=dict)  # flight -> mails not yet settled
+    _finishes: list[Finish] = field(default_factory=list)
+    _flights: dict[int, int] = field(default_factory=dict)  # flight -> mails not yet settled
     _unrecorded: Counter[int] = field(default_factory=Counter)  # slice -> outcomes not yet committed
     _waiting: dict[int, asyncio.Event] = field(default_factory=dict)  # slice -> who waits until there are none
     _timer: asyncio.TimerHandle | None = None
     _unsettled: deque[float] = field(default_factory=deque)  # when each uncommitted outcome came, the oldest first
-    _flying: int = 0  # mails that may be begun, and have no outcome yet
     _committed_some: asyncio.Event = field(default_factory=asyncio.Event)
+    in_air: int = 0  # mails that were made for a relay and are not answered
+
+    # ------------------------------------------------------------ the gate of the relays
+
+    def take(self, wanted: int) -> int:
+        """How many mails may be handed over now: none while an outcome waits for long."""
+        return 0 if self._lags() else max(0, min(wanted, IN_FLIGHT - self.in_air - len(self._unsettled)))
+
+    async def room(self) -> None:
+        """Wait until `take` would grant one."""
+        while not self.take(1):
+            self._committed_some.clear()
+            await self._committed_some.wait()
+
+    def _lags(self) -> bool:
+        return bool(self._unsettled) and monotonic() - self._unsettled[0] > LAG_SECONDS
+
+    # ------------------------------------------------------------ outcomes
 
     def expect(self, flight_id: int, mails: int) -> None:
         """A flight of so many mails began."""
         if flight_id:
-            self._open[flight_id] = mails
+            self._flights[flight_id] = mails
 
     def forget(self, flight_id: int) -> None:
         """A flight ended before all its mails began."""
-        self._open.pop(flight_id, None)
+        self._flights.pop(flight_id, None)
 
     def add(self, settlement: Settlement) -> None:
         """What became of one mail; it is committed soon."""
         self._pending.append(settlement)
-        if settlement.relay is not None:
-            self._flying -= 1
         self._unrecorded[settlement.slice_id] += 1
-        self._unsettled.append(asyncio.get_running_loop().time())
+        self._unsettled.append(monotonic())
         if len(self._pending) >= SETTLE_OUTCOMES:
             self.flush()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self.flush)
-
-    def take(self, wanted: int) -> int:
-        """How many of these mails may be begun now; each counts until its outcome is committed."""
-        if self._unsettled and asyncio.get_running_loop().time() - self._unsettled[0] > LAG_SECONDS:
-            return 0
-        granted = max(0, min(wanted, UNSETTLED - len(self._unsettled) - self._flying))
-        self._flying += granted
-        return granted
-
-    def give_back(self, unused: int) -> None:
-        """So many of those taken were not begun after all."""
-        self._flying -= unused
-        self._committed_some.set()
-
-    async def room(self) -> None:
-        """Wait until few enough outcomes are uncommitted, and none for long."""
-        while not self.take(1):
-            self._committed_some.clear()
-            await self._committed_some.wait()
-        self.give_back(1)
 
     async def recorded(self, slice_id: int) -> None:
         """Wait until every outcome of a slice is committed: a slice given back before would be sent again."""
@@ -93,51 +101,79 @@ class Settler:
         if slice_id in self._unrecorded:
             await self._waiting.setdefault(slice_id, asyncio.Event()).wait()
 
+    async def finish(self, claim: Claim, *, now: int) -> bool:
+        """Give a slice back together with its last outcomes, or once they are committed; whether its event ended."""
+        mine = sum(one.slice_id == claim.slice_id for one in self._pending)
+        if mine < self._unrecorded.get(claim.slice_id, 0):  # some are on their way: they may have to be tried again
+            await self.recorded(claim.slice_id)
+        finish = Finish(claim, now, asyncio.get_running_loop().create_future())
+        self._finishes.append(finish)
+        self.flush()
+        return await finish.done
+
     def flush(self) -> None:
         """Commit what waits, now."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         batch, self._pending = self._pending, []
+        finishes, self._finishes = self._finishes, []
         landed = []
+        flights = self._flights
         for one in batch:
-            if one.flight_id in self._open:
-                self._open[one.flight_id] -= 1
-                if self._open[one.flight_id] == 0:
-                    del self._open[one.flight_id]
+            if one.flight_id in flights:
+                flights[one.flight_id] -= 1
+                if not flights[one.flight_id]:
+                    del flights[one.flight_id]
                     landed.append(one.flight_id)
-        if batch:
-            self._submit(batch, landed, self.destinations.changes())
+        if batch or finishes:
+            self._submit(batch, landed, finishes, self.destinations.changes() if batch else {})
 
-    def _submit(self, batch: list[Settlement], landed: list[int], learnt: Mapping[str, Wait | None]) -> None:
-        def record(connection: Connection) -> None:
-            ledger.settle(connection, self.worker, batch)
-            ledger.land(connection, landed)
-            destinations.record(connection, learnt, now=batch[-1].at)
+    def _submit(
+        self,
+        batch: Sequence[Settlement],
+        landed: Sequence[int],
+        finishes: Sequence[Finish],
+        learnt: Mapping[str, Wait | None],
+    ) -> None:
+        def record(connection: Connection) -> list[bool]:
+            if batch:
+                ledger.settle(connection, self.worker, batch)
+                ledger.land(connection, landed)
+                destinations.record(connection, learnt, now=batch[-1].at)
+            return [ledger.finish(connection, one.claim, self.worker, now=one.at) for one in finishes]
 
         loop = asyncio.get_running_loop()
 
-        def done(future: Future[None]) -> None:
-            loop.call_soon_threadsafe(self._committed, batch, landed, learnt, future)
+        def done(future: Future[list[bool]]) -> None:
+            loop.call_soon_threadsafe(self._committed, batch, landed, finishes, learnt, future)
 
         self.writer.submit(record).add_done_callback(done)
 
     def _committed(
-        self, batch: list[Settlement], landed: list[int], learnt: Mapping[str, Wait | None], future: Future[None]
+        self,
+        batch: Sequence[Settlement],
+        landed: Sequence[int],
+        finishes: Sequence[Finish],
+        learnt: Mapping[str, Wait | None],
+        future: Future[list[bool]],
     ) -> None:
         error = future.exception()
         if error is not None:
             # The mails have left: the result is kept and tried again, for as long as this process lives.
             logger.error("database.unusable", why=str(error), outcomes=len(batch), tried_again_in_seconds=1)
-            asyncio.get_running_loop().call_later(1.0, self._submit, batch, landed, learnt)
+            asyncio.get_running_loop().call_later(1.0, self._submit, batch, landed, finishes, learnt)
             return
         self.destinations.written(learnt)
         for _ in batch:  # batches are committed in the order in which they came
             self._unsettled.popleft()
         self._committed_some.set()
-        for slice_id, count in Counter(one.slice_id for one in batch).items():
+        for slice_id, count in Counter([one.slice_id for one in batch]).items():
             self._unrecorded[slice_id] -= count
             if not self._unrecorded[slice_id]:
                 del self._unrecorded[slice_id]
                 if slice_id in self._waiting:
                     self._waiting.pop(slice_id).set()
+        for finish, ended in zip(finishes, future.result(), strict=True):
+            if not finish.done.done():
+                finish.done.set_result(ended)

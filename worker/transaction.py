@@ -78,10 +78,7 @@ class Gate(Protocol):
     """What limits the mails that a process has in flight; it lives on the event loop."""
 
     def take(self, wanted: int) -> int:
-        """How many of these may be begun now, 0 to `wanted`; each counts until its outcome is committed."""
-
-    def give_back(self, unused: int) -> None:
-        """So many of those taken were not begun after all."""
+        """How many of these may be begun now, 0 to `wanted`."""
 
     async def room(self) -> None:
         """Wait until `take` would grant one."""

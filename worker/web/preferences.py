@@ -308,11 +308,12 @@ def _promise(site: Site, token: str) -> _Promise:
         event = event_row(connection.execute(select(events).where(events.c.id == event_id)).one())
         dues, people = mails.load(connection, event, [n])
         members = directory.contacts_of(connection, people.accounts)
+        named_ones = directory.contact_rows(connection, people.contacts)
     category = next(iter(site.app.catalogues.values())).vocabulary.categories[event.category]
     wishes: dict[int, tuple[SetOptOut, ...]] = {}
     for ground in dues[0].grounds:
         catalogue = site.app.catalogues[people.accounts[ground.account][2]]
-        named = people.contacts[ground.contact]
+        named = named_ones[ground.contact]
         matched = {role for role, _ in ground.shape.matched}
         wishes[named.number] = tuple(_opt_outs(catalogue, named, category.key, {*named.roles, *matched}, off=True))
         if category.class_ == "promotional":
