@@ -321,8 +321,11 @@ class Sender:
                 return False
             self.settler.expect(flight.id, len(flight.dues))
             before = asyncio.get_running_loop().time()
-            lane = int(work.claim.lane)
-            await flight.relay.send(mails.envelopes(), lane=lane, done=mails.done, gate=self.settler)
+            if mails.leave:
+                lane = int(work.claim.lane)
+                await flight.relay.send(mails.envelopes(), lane=lane, done=mails.done, gate=self.settler)
+            else:  # a relay that is down must not keep them from being settled
+                mails.settle_all()
         except RelayError:
             await self.settler.recorded(work.claim.slice_id)
             left = [due for due in flight.dues if due.n not in mails.settled]
@@ -493,6 +496,18 @@ class _Mails:
     stopped: bool = False  # a mail may not leave by this claim
     answered: int = 0  # of those that were made
     settled: set[int] = field(default_factory=set)  # the numbers of which it is known what became of them
+
+    @property
+    def leave(self) -> bool:
+        """Whether any of them may leave."""
+        kept = (self.work.withdrawn, self.flight.put_off)
+        return any(all(due.n not in one for one in kept) for due in self.flight.dues)
+
+    def settle_all(self) -> None:
+        """Settle mails of which none may leave."""
+        for _ in self.envelopes():
+            message = "a mail was made that may not leave"
+            raise RuntimeError(message)
 
     @property
     def in_air(self) -> int:
