@@ -19,8 +19,10 @@ from tests.bench.stage import Sink
 DELAY_MICROSECONDS = 20_000
 SECONDS = 4.0
 #: How long aiosmtplib sends.
-ACCOUNTS = {"pipelining": 768, "chunking": 2_500}
-#: To how many accounts we send.
+ACCOUNTS = {"pipelining": 1_024, "chunking": 2_500}
+#: To how many accounts we send: at least a slice for each connection.
+CONNECTIONS = 10
+#: Of ours: eight for a broadcast, and one that is kept free for each other lane.
 WARM_UP_ACCOUNTS = 50
 Tell = Callable[[str], None]
 
@@ -30,7 +32,8 @@ def measure(home: Installation, repetitions: int, tell: Tell, *, share: float = 
     rates: dict[str, list[float]] = {"aiosmtplib": [], "pipelining": [], "chunking": []}
     sessions = {}
     sinks = {name: Sink(home.folder, delay=DELAY_MICROSECONDS, chunking=name == "chunking") for name in ACCOUNTS}
-    usual = home.sink
+    usual = home.sink, home.connections
+    home.connections = CONNECTIONS
     try:
         for repetition in range(repetitions):
             tell(f"20 ms to the relay: repetition {repetition + 1} of {repetitions}")
@@ -45,7 +48,7 @@ def measure(home: Installation, repetitions: int, tell: Tell, *, share: float = 
                 rates[name].append(_rate(sink))
                 sessions[name] = sink.counts()["maxlive"]
     finally:
-        home.sink = usual
+        home.sink, home.connections = usual
         for sink in sinks.values():
             sink.stop()
     return {
