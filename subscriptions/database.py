@@ -260,9 +260,9 @@ def _begin_at_once(raw: Any) -> bool:
         while True:
             try:
                 raw.execute("BEGIN IMMEDIATE")
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
-                    return False
+            except sqlite3.Error as error:
+                if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
+                    return False  # whoever asks once more is told, in words
                 time.sleep(0.0003)
             else:
                 return True

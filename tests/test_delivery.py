@@ -327,6 +327,29 @@ def test_an_opt_out_after_the_planning_stops_the_mail(tmp_path: Path, server: Sm
         assert ("opted_out",) in rows(app, deliveries.c.reason)
 
 
+def test_mail_that_may_not_leave_is_withdrawn_though_the_relay_is_down(tmp_path: Path, server: SmtpServer) -> None:
+    with vendor(tmp_path, server, relay_urls="smtp://127.0.0.1:1?tls=none") as app:
+        publish(app, event("file.failed"))
+        with app.database.write() as connection:
+            change = Suppress("di@acme.example", "hard_bounce", "operator:test", "said so")
+            apply(connection, Actor("cli:test", "cli"), [change], catalogues=app.catalogues, now=app.clock())
+        run(app)
+        assert states(app) == {"cancelled": 1}
+
+
+@pytest.mark.parametrize("type_name", ["file.failed", "invoice.issued"])
+def test_an_account_that_was_paused_before_the_event_gets_nothing(
+    tmp_path: Path, server: SmtpServer, type_name: str
+) -> None:
+    with vendor(tmp_path, server) as app:
+        with app.database.write() as connection:
+            connection.execute(pauses.insert().values(scope="account", value="acme", by="test", at=1))
+        publish(app, event(type_name))
+        run(app)
+        assert server.accepted == []
+        assert rows(app, deliveries.c.status, deliveries.c.reason) == [(ledger.Status.PLANNED, "paused")]
+
+
 def test_a_suppression_after_the_planning_stops_the_mail(tmp_path: Path, server: SmtpServer) -> None:
     with vendor(tmp_path, server) as app:
         publish(app, event("file.failed"))

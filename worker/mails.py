@@ -1,7 +1,7 @@
 """From rows of the ledger to a `rendering.Mail`: everything that one delivery says, gathered in one place.
 
-`load` reads a handful of statements for a whole flight; `mail_of` is pure. Sending, previewing and showing again what
-was sent all go through it, so that they cannot differ.
+`gather` reads a whole slice in a few statements; `Composer` is pure: `mail_of` says what a mail says, `personal` those
+values of it that differ among the recipients of an event. Sending and previewing go through it, so that they agree.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ slices = Table(
     Column("first_n", Integer, nullable=False),
     Column("last_n", Integer, nullable=False),
     Column("members", Text),  # JSON list of n: a slice of retries
-    Column("due_at", BigInteger),  # NULL until its event is wholly planned
+    Column("due_at", BigInteger),  # NULL while further grounds may still be found for its mails
     Column("queued_at", BigInteger),
     Column("owner", Number),
     Column("epoch", Integer, nullable=False, server_default="0"),
