@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import parse_qsl, quote
@@ -35,7 +35,7 @@ BUSY_SECONDS = 15.0
 #: How long a writer waits for another process before it gives up.
 
 AT_ONCE_SECONDS = 0.1
-#: For so long it looks again and again, some thousand times a second.
+#: For so long it looks again some thousand times a second, then a hundred times.
 
 STALL_SECONDS = 20
 #: After so long at the most PostgreSQL ends a transaction whose process stopped in the middle: its locks would stop
@@ -84,6 +84,7 @@ class Database:
         self.engine = _sqlite_engine(url) if self.dialect == "sqlite" else _postgresql_engine(url, stall_seconds)
         self.clock: Clock = system_clock if self.dialect == "sqlite" else _ServerClock()
         self._writer = threading.Lock()
+        self._writes: Connection | None = None  # the one that SQLite is written by, kept open
 
     @contextmanager
     def read(self, *, patient: bool = False) -> Iterator[Connection]:
@@ -109,10 +110,27 @@ class Database:
                     self.clock.renew(connection)
                 yield connection
             return
-        with self._writer, self.translated(), self.engine.connect() as plain:
-            connection = plain.execution_options(rolecast_writes=True)
-            with connection.begin():
-                yield connection
+        with self._writer, self.translated():
+            connection = self._writes or self._write_by()
+            try:
+                with connection.begin():
+                    yield connection
+            except BaseException:
+                self._write_by_another()  # whatever state this one is in
+                raise
+
+    def _write_by(self) -> Connection:
+        """The connection that SQLite is written by: it never waits in SQLite, so that `_begin_to_write` can."""
+        self._writes = self.engine.connect().execution_options(rolecast_writes=True)
+        cast("sqlite3.Connection", self._writes.connection.driver_connection).execute("PRAGMA busy_timeout=0")
+        return self._writes
+
+    def _write_by_another(self) -> None:
+        broken, self._writes = self._writes, None
+        if broken is not None:
+            with suppress(DBAPIError):
+                broken.invalidate()
+            broken.close()
 
     @contextmanager
     def translated(self) -> Iterator[None]:
@@ -151,6 +169,8 @@ class Database:
 
     def close(self) -> None:
         """Close every connection."""
+        with self._writer:
+            self._write_by_another()
         self.engine.dispose()
 
 
@@ -243,31 +263,28 @@ def _sqlite_engine(url: str) -> Engine:
         # IMMEDIATE: a writer that began as a reader could not become one while another writes.
         if not connection.get_execution_options().get("rolecast_writes", False):
             connection.exec_driver_sql("BEGIN")
-        elif not _begin_at_once(connection.connection.driver_connection):
+        elif not _begin_to_write(cast("sqlite3.Connection", connection.connection.driver_connection)):
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
 
 
-def _begin_at_once(raw: Any) -> bool:
-    """Begin to write as soon as another process ends; False where that takes long.
+def _begin_to_write(raw: sqlite3.Connection) -> bool:
+    """Begin to write as soon as another process ends; False where that takes too long, or can't be at all.
 
     Transactions of workers take a millisecond or two, and SQLite itself would look again after 1, 2, 5, 10 ... of them.
     """
-    ends = time.monotonic() + AT_ONCE_SECONDS
-    raw.execute("PRAGMA busy_timeout=0")
-    try:
-        while True:
-            try:
-                raw.execute("BEGIN IMMEDIATE")
-            except sqlite3.Error as error:
-                if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
-                    return False  # whoever asks once more is told, in words
-                time.sleep(0.0003)
-            else:
-                return True
-    finally:
-        raw.execute(f"PRAGMA busy_timeout={int(BUSY_SECONDS * 1000)}")
+    began = time.monotonic()
+    while True:
+        try:
+            raw.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            waited = time.monotonic() - began
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or waited > BUSY_SECONDS:
+                return False  # whoever asks once more is told, in words
+            time.sleep(0.0003 if waited < AT_ONCE_SECONDS else 0.01)
+        else:
+            return True
 
 
 def _write_ahead(raw: sqlite3.Connection) -> None:

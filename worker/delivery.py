@@ -558,15 +558,16 @@ class _Mails:
         if outcome is WITHDRAWN or outcome is NEEDS_8BITMIME:
             self._not_sent(due)
             return
+        accepted = outcome.kind is Kind.ACCEPTED
         destinations = sender.settler.destinations
-        if outcome.kind is not Kind.ACCEPTED or due.attempts or not destinations.calm:
+        if not accepted or due.attempts or not destinations.calm:
             domain = _domain(due, self.work.people)
             destinations.answered(domain, outcome, attempts=due.attempts, now=sender.clock())
-        if outcome.kind is Kind.ACCEPTED:
+        if accepted:
             sender.sender_took(event.class_)
+            self._settle(due, Status.ACCEPTED, None, outcome=outcome)
+            return
         match outcome.kind:
-            case Kind.ACCEPTED:
-                self._settle(due, Status.ACCEPTED, None, outcome=outcome)
             case Kind.PERMANENT:
                 self._refused(due, outcome)
             case Kind.UNKNOWN if self.work.hold:

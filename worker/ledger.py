@@ -138,10 +138,10 @@ _CLAIM = (
 
 
 def begin(connection: Connection, taken: Claim, worker: int, members: Sequence[int], *, now: int) -> tuple[int, int]:
-    """Name the mails that are about to leave: (flight, guard); flight 0 where the claim was lost."""
+    """Name the mails that are about to leave: (flight, guard); both 0 where the claim was lost."""
     named = {"members": json.dumps(list(members)), "begun": now}
     row = connection.execute(_BEGIN, named | {"s": taken.slice_id, "w": worker, "p": taken.epoch}).one_or_none()
-    return (int(row.id) if row is not None else 0), guard(connection)
+    return (row.id, row.guard) if row is not None else (0, 0)
 
 
 _BEGIN = (
@@ -158,7 +158,7 @@ _BEGIN = (
         .where(slices.c.id == bindparam("s"), slices.c.owner == bindparam("w"), slices.c.epoch == bindparam("p"))
         .with_for_update(read=True),  # whoever frees the slice waits for the commit, and then sees the flight
     )
-    .returning(flights.c.id)
+    .returning(flights.c.id, select(installation.c.guard).scalar_subquery().label("guard"))
 )
 
 
@@ -186,12 +186,12 @@ def settle(connection: Connection, worker: int, settlements: Sequence[Settlement
     recorded (it stops a copy not yet begun, and overrides what was held as unknown or withdrawn in flight), everything
     else is left to the new owner.
     """
-    held = _held(connection, {(one.slice_id, one.epoch) for one in settlements}, worker)
+    others = {(one.slice_id, one.epoch) for one in settlements if one.status is not Status.ACCEPTED}
+    held = _held(connection, others, worker) if others else others
     groups: dict[tuple[Any, ...], list[Settlement]] = {}
     for one in settlements:
         if one.status is Status.ACCEPTED or (one.slice_id, one.epoch) in held:
-            flown_at = one.flown_at if one.attempted else None
-            groups.setdefault((one.event_id, one.status, one.reason, flown_at, one.relay), []).append(one)
+            groups.setdefault((one.event_id, one.status, one.reason, one.attempted, one.relay), []).append(one)
     counts: Counter[tuple[int, Status]] = Counter()
     noted: Counter[tuple[int, str]] = Counter()
     changed = 0
@@ -234,51 +234,56 @@ _OVERRIDDEN = {Status.HELD: "unknown", Status.CANCELLED: CANCELLED}
 
 
 def _record(connection: Connection, alike: Sequence[Settlement], *, before: Status, why: str | None = None) -> int:
-    """Write outcomes that differ in number, reply and due time alone, where their deliveries stand as `before`.
+    """Write outcomes that differ in number, reply and times alone, where their deliveries stand as `before`.
 
-    One statement for all of them. SQLite reads the numbers, replies and times out of one JSON text, PostgreSQL out of
-    arrays; both look each row up by its key (an UPDATE .. FROM is planned quadratically by both: performance.md 2).
-    Returns how many rows changed.
+    One statement for all of them. SQLite reads them out of one JSON text, row by row, and must get the event from there
+    too: else it would walk through all deliveries of the event for each. PostgreSQL, which would do so anyway
+    (performance.md, 2), looks each row up by its key and then in arrays. Returns how many rows changed.
     """
     first = alike[0]
     values = {
-        "e": first.event_id,
         "to": int(first.status),
         "why": first.reason,
         "made": int(first.attempted) if before is Status.PLANNED else 0,
-        "flown": first.flown_at if first.attempted else None,
         "settled": alike[-1].at if first.status is not Status.PLANNED else None,
         "by": first.relay,
         "before": int(before),
         "because": why,
     }
     if connection.dialect.name == "sqlite":
-        rows = json.dumps({one.n: (one.reply, one.due_at) for one in alike})
-        return connection.execute(_RECORD_SQLITE, values | {"rows": rows}).rowcount
-    numbers, replies, times = [one.n for one in alike], [one.reply for one in alike], [one.due_at for one in alike]
-    arrays = {"numbers": numbers, "replies": replies, "times": times}
+        rows = [(one.event_id, one.n, one.reply, one.due_at, one.flown_at if one.attempted else None) for one in alike]
+        return connection.execute(_RECORD_SQLITE, values | {"rows": json.dumps(rows)}).rowcount
+    arrays = {
+        "e": first.event_id,
+        "numbers": [one.n for one in alike],
+        "replies": [one.reply for one in alike],
+        "times": [one.due_at for one in alike],
+        "flown": [one.flown_at if one.attempted else None for one in alike],
+    }
     return connection.execute(_RECORD_POSTGRESQL, values | arrays).rowcount
 
 
 _RECORD = """
     UPDATE deliveries SET status = :to, reason = :why, due_at = {due_at}, retry_slice = NULL,
-      attempts = attempts + :made, first_flight_at = coalesce(first_flight_at, CAST(:flown AS bigint)),
+      attempts = attempts + :made, first_flight_at = coalesce(first_flight_at, {flown_at}),
       settled_at = :settled, relay = coalesce(CAST(:by AS text), relay), reply = coalesce({reply}, reply)
-    WHERE event_id = :e AND n {among} AND status = :before
-      AND (CAST(:because AS text) IS NULL OR reason = CAST(:because AS text))
+    {found} AND status = :before AND (CAST(:because AS text) IS NULL OR reason = CAST(:because AS text))
 """
 _RECORD_SQLITE = text(
     _RECORD.format(
-        due_at="""json_extract(:rows, '$."' || n || '"[1]')""",
-        reply="""json_extract(:rows, '$."' || n || '"[0]')""",
-        among="IN (SELECT CAST(key AS integer) FROM json_each(:rows))",
+        due_at="json_extract(value, '$[3]')",
+        flown_at="json_extract(value, '$[4]')",
+        reply="json_extract(value, '$[2]')",
+        found="FROM json_each(:rows) WHERE event_id = json_extract(value, '$[0]') AND n = json_extract(value, '$[1]')",
     )
 )
+_PLACE = "array_position(CAST(:numbers AS integer[]), n)"
 _RECORD_POSTGRESQL = text(
     _RECORD.format(
-        due_at="(CAST(:times AS bigint[]))[array_position(CAST(:numbers AS integer[]), n)]",
-        reply="(CAST(:replies AS text[]))[array_position(CAST(:numbers AS integer[]), n)]",
-        among="= ANY(CAST(:numbers AS integer[]))",
+        due_at=f"(CAST(:times AS bigint[]))[{_PLACE}]",
+        flown_at=f"(CAST(:flown AS bigint[]))[{_PLACE}]",
+        reply=f"(CAST(:replies AS text[]))[{_PLACE}]",
+        found="WHERE event_id = :e AND n = ANY(CAST(:numbers AS integer[]))",
     )
 )
 

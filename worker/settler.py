@@ -9,7 +9,7 @@ is kept and tried again. Lives on the event loop.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -52,10 +52,12 @@ class Settler:
     _pending: list[Settlement] = field(default_factory=list)
     _finishes: list[Finish] = field(default_factory=list)
     _flights: dict[int, int] = field(default_factory=dict)  # flight -> mails not yet settled
-    _unrecorded: Counter[int] = field(default_factory=Counter)  # slice -> outcomes not yet committed
+    _unrecorded: Counter[int] = field(default_factory=Counter)  # slice -> outcomes that are being committed
     _waiting: dict[int, asyncio.Event] = field(default_factory=dict)  # slice -> who waits until there are none
     _timer: asyncio.TimerHandle | None = None
-    _unsettled: deque[float] = field(default_factory=deque)  # when each uncommitted outcome came, the oldest first
+    _since: float = 0.0  # when the oldest of those that wait came
+    _committing: dict[int, float] = field(default_factory=dict)  # batch (its id) -> when its oldest came
+    _uncommitted: int = 0  # outcomes in these batches
     _committed_some: asyncio.Event = field(default_factory=asyncio.Event)
     in_air: int = 0  # mails that were made for a relay and are not answered
 
@@ -63,7 +65,8 @@ class Settler:
 
     def take(self, wanted: int) -> int:
         """How many mails may be handed over now: none while an outcome waits for long."""
-        return 0 if self._lags() else max(0, min(wanted, IN_FLIGHT - self.in_air - len(self._unsettled)))
+        room = IN_FLIGHT - self.in_air - self._uncommitted - len(self._pending)
+        return 0 if self._lags() else max(0, min(wanted, room))
 
     async def room(self) -> None:
         """Wait until `take` would grant one."""
@@ -72,7 +75,9 @@ class Settler:
             await self._committed_some.wait()
 
     def _lags(self) -> bool:
-        return bool(self._unsettled) and monotonic() - self._unsettled[0] > LAG_SECONDS
+        if self._committing:
+            return monotonic() - next(iter(self._committing.values())) > LAG_SECONDS
+        return bool(self._pending) and monotonic() - self._since > LAG_SECONDS
 
     # ------------------------------------------------------------ outcomes
 
@@ -87,13 +92,13 @@ class Settler:
 
     def add(self, settlement: Settlement) -> None:
         """What became of one mail; it is committed soon."""
-        self._pending.append(settlement)
-        self._unrecorded[settlement.slice_id] += 1
-        self._unsettled.append(monotonic())
-        if len(self._pending) >= SETTLE_OUTCOMES:
-            self.flush()
-        elif self._timer is None:
+        pending = self._pending
+        pending.append(settlement)
+        if len(pending) == 1:
+            self._since = monotonic()
             self._timer = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self.flush)
+        elif len(pending) >= SETTLE_OUTCOMES:
+            self.flush()
 
     async def recorded(self, slice_id: int) -> None:
         """Wait until every outcome of a slice is committed: a slice given back before would be sent again."""
@@ -103,8 +108,7 @@ class Settler:
 
     async def finish(self, claim: Claim, *, now: int) -> bool:
         """Give a slice back together with its last outcomes, or once they are committed; whether its event ended."""
-        mine = sum(one.slice_id == claim.slice_id for one in self._pending)
-        if mine < self._unrecorded.get(claim.slice_id, 0):  # some are on their way: they may have to be tried again
+        if claim.slice_id in self._unrecorded:  # some are on their way: they may have to be tried again
             await self.recorded(claim.slice_id)
         finish = Finish(claim, now, asyncio.get_running_loop().create_future())
         self._finishes.append(finish)
@@ -119,13 +123,16 @@ class Settler:
         batch, self._pending = self._pending, []
         finishes, self._finishes = self._finishes, []
         landed = []
-        flights = self._flights
-        for one in batch:
-            if one.flight_id in flights:
-                flights[one.flight_id] -= 1
-                if not flights[one.flight_id]:
-                    del flights[one.flight_id]
-                    landed.append(one.flight_id)
+        for flight_id, mails in Counter([one.flight_id for one in batch]).items():
+            if flight_id in self._flights:
+                self._flights[flight_id] -= mails
+                if not self._flights[flight_id]:
+                    del self._flights[flight_id]
+                    landed.append(flight_id)
+        if batch:
+            self._unrecorded.update([one.slice_id for one in batch])
+            self._committing[id(batch)] = self._since
+            self._uncommitted += len(batch)
         if batch or finishes:
             self._submit(batch, landed, finishes, self.destinations.changes() if batch else {})
 
@@ -165,8 +172,9 @@ class Settler:
             asyncio.get_running_loop().call_later(1.0, self._submit, batch, landed, finishes, learnt)
             return
         self.destinations.written(learnt)
-        for _ in batch:  # batches are committed in the order in which they came
-            self._unsettled.popleft()
+        if batch:
+            del self._committing[id(batch)]
+            self._uncommitted -= len(batch)
         self._committed_some.set()
         for slice_id, count in Counter([one.slice_id for one in batch]).items():
             self._unrecorded[slice_id] -= count
