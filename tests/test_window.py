@@ -56,6 +56,18 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(transaction, name, PATIENCE)
 
 
+@pytest.fixture(autouse=True)
+def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The relay is known to be quick, so that the window is wide from the first mail on."""
+    if "narrow" not in request.fixturenames:
+        monkeypatch.setattr(transaction, "NARROW", transaction.WINDOW)
+
+
+@pytest.fixture
+def narrow() -> None:
+    """Nothing is known of the relay."""
+
+
 def kinds(outcomes: list[Outcome]) -> list[Kind]:
     return [outcome.kind for outcome in outcomes]
 
@@ -243,6 +255,28 @@ def test_a_rested_connection_answers_for_one_mail_before_several_are_written(
 
     with SmtpServer(extensions=CHUNKED) as server:
         assert kinds(asyncio.run(fly())) == [A if rested else U] * 3
+
+
+# ---------------------------------------------------------------- how many
+
+
+def lost_with_the_session(*, each: float) -> int:
+    """Mails that a session leaves unknown which ends with the 40th, at a relay that takes `each` seconds for a mail."""
+    with SmtpServer(extensions=CHUNKED) as server:
+        for number in range(1, 40):
+            server.on("dot", delay(each), nth=number)
+        server.on("dot", lose_the_reply(), nth=40)
+        return kinds(send(server.relay(), *mails(60))).count(U)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_few_mails_are_written_ahead_to_a_relay_that_takes_long_for_each() -> None:
+    assert 1 <= lost_with_the_session(each=0.04) <= transaction.NARROW
+
+
+@pytest.mark.usefixtures("narrow")
+def test_many_mails_are_written_ahead_to_a_quick_relay() -> None:
+    assert lost_with_the_session(each=0.0) > transaction.WINDOW // 2
 
 
 # ---------------------------------------------------------------- what goes alone

@@ -285,7 +285,9 @@ class Relay:
         try:
             async with asyncio.timeout(READY_SECONDS):
                 await client.connect()
+                began = asyncio.get_running_loop().time()
                 await client.ehlo()
+                round_trip = asyncio.get_running_loop().time() - began
                 if not settings.implicit_tls and (
                     settings.tls == "required"
                     or (settings.tls == "opportunistic" and client.supports_extension("starttls"))
@@ -308,6 +310,7 @@ class Relay:
             cast("asyncio.Transport", client.transport),
             extensions=self.offers,
             size=int(size) if size.isdecimal() else 0,
+            round_trip=round_trip,
         )
         # aiosmtplib closes what it believes to hold when it is collected: the connection is the channel's now.
         client.transport = client.protocol = None

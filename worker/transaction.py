@@ -2,7 +2,8 @@
 
 Three ways, by what the relay offered:
 
-1. CHUNKING and PIPELINING: up to `WINDOW` mails in flight, each one group, `RSET MAIL RCPT BDAT` with its bytes
+1. CHUNKING and PIPELINING: up to `WINDOW` whole mails in flight, `RSET MAIL RCPT BDAT` with its bytes; few with a relay
+   that takes long for each
 2. PIPELINING: the bytes of a mail and the commands of the next one in one write: a mail costs one round trip
 3. neither: one command at a time
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,6 +30,10 @@ from worker.replies import About, Kind, Outcome, Reply, meaning, parse_reply, pr
 
 WINDOW = 16
 #: Mails in flight on one connection, at most.
+NARROW = 2
+#: And at first: what a relay takes long for is not to be written far ahead, for a crash would send it again.
+QUICK_SECONDS = 0.001
+#: The window grows to its most where the relay takes less for a mail, else until there is always one underway.
 COMMAND_SECONDS = 60.0
 #: For the answers to MAIL, RCPT, DATA and RSET.
 BODY_SECONDS = 180.0
@@ -93,6 +98,8 @@ class Mail:
     follows: bool = False  # another mail was begun before it on the same connection
     stages: tuple[str, ...] = ()  # of the answers that are due to it, in order
     written: bool = False  # its last bytes were handed to the connection
+    group: int = 0  # how many were written at once, where it is the last of them
+    written_at: float = 0.0  # and when, on the loop's clock
 
 
 class Cargo(Protocol):
@@ -123,10 +130,16 @@ _NOTHING_DUE = ("",)
 
 
 class Channel(asyncio.Protocol):
-    """SMTP transactions, spoken on a connection that somebody made ready: after EHLO, TLS and AUTH."""
+    """SMTP transactions, spoken on a connection that somebody made ready: after EHLO, TLS and AUTH.
 
-    def __init__(self, transport: asyncio.Transport, *, extensions: frozenset[str], size: int) -> None:
+    `round_trip` is how long an answer takes that costs the relay nothing, seconds.
+    """
+
+    def __init__(
+        self, transport: asyncio.Transport, *, extensions: frozenset[str], size: int, round_trip: float = 0.0
+    ) -> None:
         self._transport = transport
+        self._round_trip = round_trip
         self._extensions = extensions
         self._size = size
         self._pipelining = "pipelining" in extensions
@@ -148,6 +161,8 @@ class Channel(asyncio.Protocol):
         # Several in flight: the answers that are due are the stages of these mails, in order.
         self._flying: deque[Mail] = deque()
         self._step = 0  # so many stages of the first of them are answered
+        self._window = NARROW
+        self._answered_at = 0.0  # when the last of mails that were written at once was answered
         self._refused: tuple[Reply, str] | None = None  # the first of them, and at which stage
         self._contradicts = False  # then its recipient was accepted
         self._cargo: Cargo | None = None
@@ -179,6 +194,9 @@ class Channel(asyncio.Protocol):
             return False
         flying, cargo, step = self._flying, self._cargo, self._step
         assert cargo is not None
+        if self._chunking and data.startswith(b"250 ") and data.count(b"\r\n250 ") == len(lines) - 1:
+            self._hear_good(lines)
+            return True
         stages = flying[0].stages
         for position, line in enumerate(lines):
             stage = stages[step]
@@ -205,6 +223,27 @@ class Channel(asyncio.Protocol):
         self._step = step
         self._due()
         return True
+
+    def _hear_good(self, lines: Sequence[bytes]) -> None:
+        """Answers to whole mails that all say 250: only the last one of each mail says more."""
+        flying, cargo, heard = self._flying, self._cargo, 0
+        assert cargo is not None
+        while flying and heard < len(lines):
+            due = len(flying[0].stages) - self._step
+            if heard + due > len(lines):
+                self._step += len(lines) - heard
+                heard = len(lines)
+                break
+            heard += due
+            self._step, self._clean = 0, True
+            said = printable(lines[heard - 1][4:])[:500]
+            mail = flying.popleft()
+            if mail.group:
+                self._learn_pace(mail)
+            cargo.done(mail, Outcome(Kind.ACCEPTED, About.CONTENT, 250, said))
+        self._due()
+        if heard < len(lines):
+            self._read(b"\r\n".join(lines[heard:]) + b"\r\n")
 
     def _read(self, data: bytes) -> None:
         self._buffer += data
@@ -327,7 +366,7 @@ class Channel(asyncio.Protocol):
             return
         was_empty = not self._flying
         if self._chunking:
-            if len(self._flying) <= WINDOW // 2:
+            if 2 * len(self._flying) < self._window:
                 self._write_group()
         elif was_empty and (commands := self._commands_of_next()):
             self._transport.write(commands)
@@ -344,7 +383,7 @@ class Channel(asyncio.Protocol):
         cargo, flying = self._cargo, self._flying
         assert cargo is not None
         parts = []
-        for mail in cargo.take(WINDOW - len(flying)):
+        for mail in cargo.take(self._window - len(flying)):
             envelope = mail.envelope
             if envelope.alone:
                 cargo.put_back(mail)
@@ -361,10 +400,23 @@ class Channel(asyncio.Protocol):
                 mail.stages, reset = _BDAT, ""
             parts.append(f"{reset}{self._mail_and_rcpt(envelope)}BDAT {len(body)} LAST\r\n".encode())
             parts.append(body)
-            mail.written = True
+            mail.written, mail.group = True, 0
             flying.append(mail)
         if parts:
+            flying[-1].group, flying[-1].written_at = len(parts) // 2, self._loop.time()
             self._transport.write(b"".join(parts))
+
+    def _learn_pace(self, mail: Mail) -> None:
+        """Mails that were written at once are answered, `mail` the last: see how long the relay took for each.
+
+        It began when they had arrived and those before them were done. Postfix answers all of them together, so that
+        nothing can be read from the time between two answers.
+        """
+        now = self._loop.time()
+        each = (now - max(mail.written_at + self._round_trip, self._answered_at)) / mail.group
+        self._answered_at = now
+        enough = WINDOW if each < QUICK_SECONDS else NARROW + int(2 * self._round_trip / each)
+        self._window = min(2 * self._window, enough, WINDOW)
 
     def _commands_of_next(self) -> bytes:
         """MAIL, RCPT and DATA of the next mail, which is in flight then; nothing where none may follow.
@@ -442,6 +494,8 @@ class Channel(asyncio.Protocol):
     def _finish(self, outcome: Outcome, *, at_the_dot: bool = False) -> None:
         """The first mail in flight is answered for; an answer that ends the session ends it."""
         mail = self._flying.popleft()
+        if mail.group:
+            self._learn_pace(mail)
         self._step, self._refused, self._contradicts = 0, None, False
         # After a refused BDAT the state is "indeterminate" (RFC 3030, 2), after a refused dot it is clear.
         self._clean = outcome.kind is Kind.ACCEPTED or (at_the_dot and not self._chunking)
