@@ -160,6 +160,10 @@ def test_what_is_no_single_address_stops_the_mail(address):
 def test_a_domain_is_written_in_ascii_and_the_local_part_as_it_was():
     assert wire_address("Ada@bücher.example") == "Ada@xn--bcher-kva.example"
     assert wire_address("user@faß.example") == "user@xn--fa-hia.example"
+    assert wire_address("a.d+a_1-2@x_y.example") == "a.d+a_1-2@x_y.example"
+    for wrong in ("", "@", "@acme.example", "ada@", "ada", "a@b@acme.example", "ada@@acme.example"):
+        with pytest.raises(MimeError):
+            wire_address(wrong)
     assert not needs_smtputf8("ada@bücher.example")
     with pytest.raises(MimeError, match="cannot be written in ASCII"):
         wire_address("ada@\u2603\ufe0f-.example")

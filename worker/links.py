@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import hmac
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal
@@ -60,7 +61,21 @@ def delivery_identity(ulid: str, mailbox_key: bytes) -> bytes:
 
 def contact_identity(account: str, contact: str) -> bytes:
     """What a contact is whatever its number, and whatever its address: the ids that people use."""
-    return account.encode() + b"\0" + contact.encode()
+    return f"{account}\0{contact}".encode()
+
+
+Named = tuple[bytes, bytes]
+"""What a token names: its numbers as they stand in the token, and the identity of what they stand for."""
+
+
+def named_delivery(event_id: int, ulid: str, n: int, mailbox_key: bytes) -> Named:
+    """A delivery, for the tokens of its mail."""
+    return varint(event_id) + varint(n), delivery_identity(ulid, mailbox_key)
+
+
+def named_contact(number: int, account: str, contact: str) -> Named:
+    """A contact, for the link to its preferences."""
+    return varint(number), contact_identity(account, contact)
 
 
 def delivery_now(connection: Connection, event_id: int, n: int) -> bytes | None:
@@ -93,6 +108,10 @@ class Links:
 
     keys: tuple[str, ...]
     base: str
+    _sign: Callable[[bytes], bytes] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_sign", _link_signer(self.keys[0]))
 
     def unsubscribe(self, event_id: int, n: int, identity: bytes) -> str:
         """The RFC 8058 address of one delivery: it acts on every ground of it."""
@@ -104,9 +123,14 @@ class Links:
 
     def token(self, purpose: Purpose, *numbers: int, identity: bytes) -> str:
         """A token for the purpose, the numbers and what they stand for, safe in a URL."""
-        body = purpose.encode() + b"".join(map(varint, numbers))
-        raw = binascii.b2a_base64(body + _mac(self.keys[0], body + identity), newline=False)
-        return raw.translate(_URL_SAFE, b"=").decode()
+        return self.token_of(purpose.encode(), (b"".join(map(varint, numbers)), identity)).decode()
+
+    def token_of(self, purpose: bytes, named: Named) -> bytes:
+        """The same token of what is written already, as octets: two are made a mail."""
+        numbers, identity = named
+        body = purpose + numbers
+        mac = self._sign(body + identity)
+        return binascii.b2a_base64(body + mac, newline=False).translate(_URL_SAFE, b"=")
 
     def read(self, purpose: Purpose, token: str, identity_of: Callable[..., bytes | None]) -> tuple[int, ...]:
         """The numbers of a token that was made for what they stand for now. Raises `BadToken`.
@@ -124,7 +148,7 @@ class Links:
             raise BadToken
         numbers = _numbers(body[1:], _LARGEST[purpose])
         signed = body + _known(identity_of(*numbers))
-        good = [hmac.compare_digest(mac, _mac(key, signed)) for key in self.keys]
+        good = [hmac.compare_digest(mac, _link_signer(key)(signed)) for key in self.keys]
         if not any(good):
             raise BadToken
         return numbers
@@ -151,39 +175,45 @@ def _known(identity: bytes | None) -> bytes:
     return identity
 
 
-def _mac(key: str, signed: bytes) -> bytes:
-    return _digest(key.encode(), b"rolecast link v1\0", signed)[:_MAC_BYTES]
+@lru_cache(maxsize=32)  # the keys of an installation
+def _link_signer(key: str) -> Callable[[bytes], bytes]:
+    return _signer(key.encode(), b"rolecast link v1\0", _MAC_BYTES)
 
 
-def _digest(key: bytes, purpose: bytes, signed: bytes) -> bytes:
-    """HMAC-SHA-256 of the purpose and what is signed."""
-    mac = _keyed(key, purpose).copy()
-    mac.update(signed)
-    return mac.digest()
+@lru_cache(maxsize=32)  # an installation has one
+def _sender_signer(address_key: bytes) -> Callable[[bytes], bytes]:
+    return _signer(address_key, b"rolecast bounce v1\0", _BOUNCE_MAC_BYTES)
 
 
-@lru_cache(maxsize=32)  # the keys of an installation; a third faster than to begin with the key each time
-def _keyed(key: bytes, purpose: bytes) -> hmac.HMAC:
-    return hmac.new(key, purpose, "sha256")
+def _signer(key: bytes, purpose: bytes, length: int) -> Callable[[bytes], bytes]:
+    """What makes the first so many bytes of HMAC-SHA-256 of the purpose and what is to be signed.
+
+    Its two hashes are begun once with what all tokens share (RFC 2104, section 4): a third faster than `hmac`'s copies.
+    """
+    block = (key if len(key) <= 64 else hashlib.sha256(key).digest()).ljust(64, b"\0")
+    begin = hashlib.sha256(bytes(octet ^ 0x36 for octet in block) + purpose).copy
+    end = hashlib.sha256(bytes(octet ^ 0x5C for octet in block)).copy
+
+    def sign(signed: bytes) -> bytes:
+        inner, outer = begin(), end()
+        inner.update(signed)
+        outer.update(inner.digest())
+        return outer.digest()[:length]
+
+    return sign
 
 
 # ---------------------------------------------------------------- envelope senders
 
 
-def bounce_sender(address_key: bytes, event_id: int, n: int, identity: bytes, *, domain: str) -> str:
-    """The envelope sender of a delivery: lower-case letters and digits only, at most 40 in the token."""
-    body = varint(event_id) + varint(n)
-    return f"b+{_base32(body + _bounce_mac(address_key, body + identity))}@{domain}"
+def bounce_sender(address_key: bytes, delivery: Named, *, domain: str) -> str:
+    """The envelope sender of a delivery: hexadecimal, for not every server keeps the case of letters.
 
-
-_PAIRS: Final = tuple(a + b for a in "abcdefghijklmnopqrstuvwxyz234567" for b in "abcdefghijklmnopqrstuvwxyz234567")
-
-
-def _base32(raw: bytes) -> str:
-    """RFC 4648 base32 in lower case, without padding; three times as fast as the standard library's."""
-    pairs, number = _PAIRS, int.from_bytes(raw, "big") << -len(raw) * 8 % 10
-    written = "".join([pairs[number >> shift & 1023] for shift in range(-(-len(raw) * 8 // 10) * 10 - 10, -1, -10)])
-    return written[: -(-len(raw) * 8 // 5)]
+    The token has at most 40 characters up to event 2**35 - 1, and 48 at most: the local part may have 64 (RFC 5321,
+    4.5.3.1.1).
+    """
+    numbers, identity = delivery
+    return f"b+{(numbers + _sender_signer(address_key)(numbers + identity)).hex()}@{domain}"
 
 
 def read_bounce(
@@ -193,22 +223,19 @@ def read_bounce(
 
     `identity_of` is asked as in `Links.read`.
     """
-    _, plus, token = local_part.upper().partition("+")
+    token = local_part.lower().partition("+")[2]
     try:
-        raw = base64.b32decode(token + "=" * (-len(token) % 8)) if plus else b""
+        raw = bytes.fromhex(token)
     except ValueError as error:
         raise BadToken from error
-    if not raw or base64.b32encode(raw).decode().rstrip("=") != token:
+    if raw.hex() != token:
         raise BadToken
     body, mac = raw[:-_BOUNCE_MAC_BYTES], raw[-_BOUNCE_MAC_BYTES:]
     event_id, n = _numbers(body, _DELIVERY)
-    if not hmac.compare_digest(mac, _bounce_mac(address_key, body + _known(identity_of(event_id, n)))):
+    signed = body + _known(identity_of(event_id, n))
+    if not hmac.compare_digest(mac, _sender_signer(address_key)(signed)):
         raise BadToken
     return event_id, n
-
-
-def _bounce_mac(address_key: bytes, signed: bytes) -> bytes:
-    return _digest(address_key, b"rolecast bounce v1\0", signed)[:_BOUNCE_MAC_BYTES]
 
 
 # ---------------------------------------------------------------- keys

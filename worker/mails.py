@@ -21,8 +21,8 @@ from subscriptions.bulk import read_columns
 from subscriptions.catalogue import Catalogue
 from subscriptions.directory import ContactRow
 from worker.fanout import EventRow
-from worker.links import Links, contact_identity, delivery_identity
-from worker.rendering import FIRST_GROUND, LABEL, Ground, Mail, Variant, list_label, shown_account, shown_name
+from worker.links import Links, Named, contact_identity, delivery_identity, named_contact
+from worker.rendering import Ground, Mail, Variant, list_label, shown_account, shown_name
 from worker.schema import verdict_shapes
 from worker.settings import Settings
 
@@ -243,24 +243,26 @@ class Composer:
             extra=self._extra(event, first, people) if event.category == "approval_request" else {},
         )
 
-    def personal(self, event: EventRow, due: Due, people: People, *, listed: bool) -> list[str]:
-        """What of a mail differs by recipient, in the places of `rendering`; `listed`: it can be opted out of.
+    def personal(self, due: Due, delivery: Named, people: People, *, listed: bool) -> list[bytes]:
+        """What of a mail differs by recipient, as UTF-8, in the places of `rendering`; `delivery` is that of `due`.
 
-        The same as stands in `mail_of`: what is filled into a rendition must be what a whole rendering says.
+        `listed`: it can be opted out of. The same as stands in `mail_of`: what is filled into a rendition must be what
+        a whole rendering says.
         """
         contacts, accounts, links = people.contacts, people.accounts, self.links
-        token = ""
+        grounds = due.grounds
+        first = grounds[0]
+        token = label = b""
         if listed and links is not None:
-            token = links.token("u", event.id, due.n, identity=delivery_identity(event.ulid, due.mailbox_key))
-        values = [shown_name(contacts[due.grounds[0].contact].name), "", token, str(due.n), ""]
-        for ground in due.grounds:
-            ext, name, _ = accounts[ground.account]
-            number = ground.contact
-            identity = contact_identity(ext, contacts[number].id)
-            preference = links.token("p", number, identity=identity) if links is not None else ""
-            values += (ext, shown_account(name or ext, ext), preference)
-        if listed:
-            values[LABEL] = list_label(values[FIRST_GROUND])
+            token = links.token_of(b"u", delivery)
+            label = list_label(accounts[first.account][0]).encode()
+        values = [shown_name(contacts[first.contact].name).encode(), b"", token, b"%d" % due.n, label]
+        preference = b""
+        for account, contact, _ in grounds:
+            ext, name, _ = accounts[account]
+            if links is not None:
+                preference = links.token_of(b"p", named_contact(contact, ext, contacts[contact].id))
+            values += (ext.encode(), shown_account(name or ext, ext).encode(), preference)
         return values
 
     def _ground(self, event: EventRow, ground: GroundRow, people: People, category_title: str) -> Ground:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -27,7 +27,7 @@ from markupsafe import escape
 
 from worker import logs, mime
 from worker.fanout import EventRow
-from worker.links import bounce_sender, delivery_identity
+from worker.links import Named, bounce_sender, named_delivery
 from worker.mails import Composer, Contact, Due, People, Shape
 from worker.rendering import (
     FIRST_GROUND,
@@ -57,6 +57,8 @@ logger = logs.get(__name__)
 
 MOST_KINDS: Final = 256
 #: Kinds of mails that are remembered; a broadcast has about 20, one with 10,000 is rendered in full.
+KEPT_BY: Final = 64
+#: Mails of a kind after which it counts as the last used again.
 MOST_OCTETS: Final = 64 * 1024 * 1024
 #: Of all renditions together, with their attachments.
 MOST_PROVEN: Final = 10_000
@@ -124,18 +126,21 @@ class Press:
         Raises RenderError and MimeError: nothing is wrong with other mails.
         """
         contact = people.contacts[due.grounds[0].contact]
-        filled = None
+        delivery = named_delivery(event.id, event.ulid, due.n, due.mailbox_key)
+        recipient, written = mime.wire_address(contact.email), None
         if event.scope != "one" and event.category != "approval_request":
-            filled = self._filled(event, due, people, contact, begun=begun, eightbit=eightbit)
-        body = filled if filled is not None else self._full(event, due, people, begun=begun, eightbit=eightbit).body
-        identity = delivery_identity(event.ulid, due.mailbox_key)
+            written = self._filled(
+                event, due, people, contact, recipient=recipient, delivery=delivery, begun=begun, eightbit=eightbit
+            )
+        if written is not None:
+            body, is_ascii = written
+        else:
+            body = self._full(event, due, people, begun=begun, eightbit=eightbit).body
+            is_ascii = body.isascii()
+        sender = bounce_sender(self._address_key, delivery, domain=event.bounce_domain)
+        # By place, for names cost here: smtputf8, eightbit, clean.
         return Envelope(
-            sender=bounce_sender(self._address_key, event.id, due.n, identity, domain=event.bounce_domain),
-            recipient=mime.wire_address(contact.email),
-            body=body,
-            smtputf8=not contact.email.isascii() and mime.needs_smtputf8(contact.email),
-            eightbit=eightbit and not body.isascii(),
-            clean=filled is not None,
+            sender, recipient, body, not recipient.isascii(), eightbit and not is_ascii, written is not None
         )
 
     def told(self) -> list[Told]:
@@ -163,28 +168,38 @@ class Press:
     # ------------------------------------------------------------ by a rendition
 
     def _filled(
-        self, event: EventRow, due: Due, people: People, contact: Contact, *, begun: int, eightbit: bool
-    ) -> bytes | None:
-        """The mail by the rendition of its kind; None where it must be rendered in full."""
+        self,
+        event: EventRow,
+        due: Due,
+        people: People,
+        contact: Contact,
+        *,
+        recipient: str,
+        delivery: Named,
+        begun: int,
+        eightbit: bool,
+    ) -> tuple[bytes, bool] | None:
+        """The mail by the rendition of its kind, and whether it is ASCII; None where it must be rendered in full."""
         kind = self._kind_of(event, due, people, contact, eightbit=eightbit)
         kind.mails += 1
         if kind.refused or contact.locale not in kind.locales:
             kind.locales.add(contact.locale)
             return None
-        values = self._composer.personal(event, due, people, listed=kind.listed)
+        values = self._composer.personal(due, delivery, people, listed=kind.listed)
         if bool(values[NAME]) != bool(contact.name):
             return None  # a name of blanks alone: the kind's others have one
         if kind.rendition is None:
-            return self._first(event, due, people, kind, values, begun=begun, eightbit=eightbit)
-        body = kind.rendition.write(values, contact.email, _seconds(due, begun), eightbit=eightbit)
-        if body is None:
+            body = self._first(event, due, people, kind, values, begun=begun, eightbit=eightbit)
+            return body, body.isascii()
+        written = kind.rendition.write(values, recipient, _seconds(due, begun), eightbit=eightbit)
+        if written is None:
             return None
         if kind.mails >= kind.checked_at:
             whole = self._full(event, due, people, begun=begun, eightbit=eightbit)
-            self._check(event, due, kind, body, whole)
-            return whole.body
+            self._check(event, due, kind, written[0], whole)
+            return whole.body, whole.body.isascii()
         self.by_rendition += 1
-        return body
+        return written
 
     def _kind_of(self, event: EventRow, due: Due, people: People, contact: Contact, *, eightbit: bool) -> _Kind:
         """The kind of a mail: all that its words depend on but the personal values."""
@@ -200,15 +215,15 @@ class Press:
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._remember(key, self._new_kind(event, due, people))
-        else:
-            self._kinds.move_to_end(key)
         if kind.by_place:
-            key += (contact.locale, contact.timezone)
-            placed = self._kinds.get(key)
-            if placed is None:
+            of_all, key = key, (*key, contact.locale, contact.timezone)
+            kind = self._kinds.get(key)
+            if kind is None:
                 return self._remember(key, self._new_kind(event, due, people, placed=True))
+            if not kind.mails % KEPT_BY:
+                self._kinds.move_to_end(of_all)
+        if not kind.mails % KEPT_BY:
             self._kinds.move_to_end(key)
-            return placed
         return kind
 
     def _new_kind(self, event: EventRow, due: Due, people: People, *, placed: bool = False) -> _Kind:
@@ -223,27 +238,29 @@ class Press:
         return kind
 
     def _first(
-        self, event: EventRow, due: Due, people: People, kind: _Kind, values: list[str], *, begun: int, eightbit: bool
+        self, event: EventRow, due: Due, people: People, kind: _Kind, values: list[bytes], *, begun: int, eightbit: bool
     ) -> bytes:
         """A mail in full, from which its kind gets a rendition where the templates allow one."""
         whole = self._full(event, due, people, begun=begun, eightbit=eightbit)
         made = self._made(whole, kind, values)
         if made is None:
             return whole.body
-        body = made.write(values, whole.mail.to_address, _seconds(due, begun), eightbit=eightbit)
-        if body is not None:
+        recipient = mime.wire_address(whole.mail.to_address)
+        written = made.write(values, recipient, _seconds(due, begun), eightbit=eightbit)
+        if written is not None:
+            body, _ = written
             kind.rendition = made
             self._octets += made.octets
             self._check(event, due, kind, body, whole)
             mime.prove(whole.email, whole.body, eightbit=eightbit)
         return whole.body
 
-    def _made(self, whole: _Whole, kind: _Kind, values: Sequence[str]) -> Rendition | None:
+    def _made(self, whole: _Whole, kind: _Kind, values: Sequence[bytes]) -> Rendition | None:
         """A new rendition for a kind; None where the templates allow none."""
         kind.tries += 1
         kind.refused = kind.tries >= MOST_TRIES
         places = range(FIRST_GROUND + 2, len(values), IN_A_GROUND)
-        tokens = {place: values[place] for place in (UNSUBSCRIBE, NUMBER, *places)}
+        tokens = {place: values[place].decode() for place in (UNSUBSCRIBE, NUMBER, *places)}
         try:
             traced = self._renderer.trace(whole.mail, tokens=tokens, nonce=self._nonce)
             if traced.by_place and not kind.placed:
@@ -274,6 +291,24 @@ def _seconds(due: Due, begun: int) -> int:
 
 # ---------------------------------------------------------------- renditions
 
+_SPECIAL: Final = b"&<>\"'="  # what is escaped, and what begins a boundary
+LONGEST_WORD: Final = 80  # octets of a plain word: an account's id, or a token
+TITLE: Final = FIRST_GROUND + 1  # of the first account, as mails show it
+_AT_ONCE: Final = frozenset({NAME, UNSUBSCRIBE, FIRST_GROUND, TITLE, FIRST_GROUND + 2})  # places of one ground in texts
+# What is filled into templates: the values of a mail of one ground, two of them escaped, and lines that it has alone.
+_NAME_ESCAPED, _TITLE_ESCAPED, _TO, _DATE, _HEAD, _AFTER, _SUBJECT = range(
+    FIRST_GROUND + IN_A_GROUND, FIRST_GROUND + IN_A_GROUND + 7
+)
+_ESCAPED: Final = {NAME: _NAME_ESCAPED, TITLE: _TITLE_ESCAPED}
+_Template = tuple[bytes, Callable[[Sequence[bytes]], tuple[bytes, ...]]]
+"""Octets with a `%b` wherever something is filled in, and what takes that out of the above in its order."""
+
+
+def _template(pieces: Sequence[bytes | int]) -> _Template:
+    """A template of literals and of the numbers of what is filled in."""
+    octets = b"".join([b"%b" if isinstance(piece, int) else piece.replace(b"%", b"%%") for piece in pieces])
+    return octets, itemgetter(*[piece for piece in pieces if isinstance(piece, int)])
+
 
 class Rendition:
     """What the mails of a kind share, and where their personal values go. Raises Computed where that is not certain."""
@@ -293,10 +328,52 @@ class Rendition:
         self._head = _Head(traced.headers, fixed, nonce, grounds=grounds)
         if fixed is not None and traced.subject != email.subject:
             raise Computed("the subject is another without marks")
-        self.octets = 3 * (self._plain.size + self._html.size) + len(self._frame.after)
+        self._templates: dict[tuple[bool, bool], _Template] = {}
+        self._room = min(self._plain.room, self._html.room)
+        simple = grounds == 1 and fixed is not None and {place for place, _, _ in self._forms} <= _AT_ONCE
+        self._at_once = simple and not self._doubtful and self._room >= LONGEST_WORD
+        self._is_ascii = self._plain.shared_is_ascii, self._html.shared_is_ascii
+        self.octets = 7 * (self._plain.size + self._html.size) + len(self._frame.after)  # with a template of each sort
 
-    def write(self, values: list[str], address: str, seconds: int, *, eightbit: bool) -> bytes | None:
-        """The mail with these values (as `Composer.personal` gives them); None where it must be rendered in full."""
+    def write(self, values: list[bytes], recipient: str, seconds: int, *, eightbit: bool) -> tuple[bytes, bool] | None:
+        """The mail with these values (as `Composer.personal` gives them), and whether all of it is ASCII.
+
+        None where it must be rendered in full. `recipient` is as `mime.wire_address` writes it. Raises MimeError.
+        Nearly all mails are filled into one template of all their octets; those whose values need more care are not.
+        """
+        head = self._head.template(values) if self._at_once else None
+        if head is None:
+            return self._written_by_pieces(values, recipient, seconds, eightbit=eightbit)
+        name, title = values[NAME], values[TITLE]  # people chose these, each one trimmed line; the rest is plain words
+        chosen = name + title
+        if len(chosen.translate(None, _SPECIAL)) != len(chosen):
+            if b"=" in chosen:  # it could hold a boundary
+                return self._written_by_pieces(values, recipient, seconds, eightbit=eightbit)
+            name, title = escape(name.decode()).encode(), escape(title.decode()).encode()
+        is_ascii = self._is_ascii if chosen.isascii() else (self._plain.is_ascii(values), self._html.is_ascii(values))
+        if len(name) + len(title) > self._room or not (eightbit or all(is_ascii)):
+            return self._written_by_pieces(values, recipient, seconds, eightbit=eightbit)
+        template, order = self._templates.get(is_ascii) or self._template(is_ascii)
+        to = mime.written_mailbox("To", values[NAME].decode(), recipient).encode()
+        octets = (*values, name, title, to, _date_line(seconds))
+        head_template, head_order = head
+        block = head_template % head_order(octets)
+        return template % order((*octets, block, self._frame.after)), all(is_ascii) and block.isascii()
+
+    def _template(self, is_ascii: tuple[bool, bool]) -> _Template:
+        """The template for mails whose plain and whose HTML text are ASCII or not; it is kept."""
+        frame = self._frame
+        plain = self._plain.pieces(is_ascii=is_ascii[0])
+        html = self._html.pieces(is_ascii=is_ascii[1])
+        made = _template([_HEAD, frame.before, *plain, frame.between, *html, _AFTER])
+        self._templates[is_ascii] = made
+        return made
+
+    def _written_by_pieces(
+        self, octets: Sequence[bytes], recipient: str, seconds: int, *, eightbit: bool
+    ) -> tuple[bytes, bool] | None:
+        """What `write` promises, whatever the values are."""
+        values = [value.decode() for value in octets]
         literals, marks = self._subject
         if marks:
             said = [str(escape(values[place])) if level else values[place] for place, level in marks]
@@ -313,22 +390,20 @@ class Rendition:
                 and (value.isprintable() or not NOT_IN_HEADERS.search(value))
             ):
                 return None
-            octets = value.encode()
+            written = value.encode()
             if chosen:
-                doubtful = doubtful or b"=" in octets
-                if escaped and len(octets.translate(None, _SPECIAL)) != len(octets):
-                    octets = escape(value).encode()
-            filled.append(octets)
+                doubtful = doubtful or b"=" in written
+                if escaped and len(written.translate(None, _SPECIAL)) != len(written):
+                    written = escape(value).encode()
+            filled.append(written)
         plain, plain_head = self._plain.write(filled, eightbit=eightbit)
         html, html_head = self._html.write(filled, eightbit=eightbit)
         frame = self._frame
         if doubtful and any(boundary in plain or boundary in html for boundary in frame.boundaries):
             return None
-        head = self._head.write(values, address, seconds)
-        return b"".join((head, frame.before, plain_head, plain, frame.between, html_head, html, frame.after))
-
-
-_SPECIAL: Final = b"&<>\"'"
+        head = self._head.write(values, recipient, seconds)
+        body = b"".join((head, frame.before, plain_head, plain, frame.between, html_head, html, frame.after))
+        return body, body.isascii()
 
 
 def _is_token(place: int) -> bool:
@@ -347,8 +422,9 @@ class _Text:
         # Escaping changes no token, so that it has one form.
         slots = [forms.setdefault((place, level and not _is_token(place)), len(forms)) for place, level in marks]
         self.shared = b"\0".join(literals)
+        self.shared_is_ascii = self.shared.isascii()
         self.doubtful = any(map(_BEGUN_BOUNDARY.search, texts[:-1]))
-        self._heads = {name: mime.text_part(subtype, b"", name) for name in _ENCODINGS}
+        self.heads = {name: mime.text_part(subtype, b"", name) for name in _ENCODINGS}
         self._literals = literals
         self._order = (
             itemgetter(*_woven(range(len(literals)), [len(literals) + slot for slot in slots])) if slots else None
@@ -360,16 +436,35 @@ class _Text:
         self._widest = max(length for length, _ in lengths)
         self._widest_shared = max((length for length, own in lengths if not own), default=0)
         self._personal_lines = [(length, own) for length, own in lengths if own]
+        places = [_ESCAPED.get(place, place) if level else place for place, level in marks]
+        self._pieces: list[bytes | int] = _woven([*literals], places)
+        self._chosen = tuple({place for place, _ in marks} & {NAME, TITLE})
+        self.room = self._room()
         self._quoted: list[bytes | list[bytes | int]] | None = None
+
+    def is_ascii(self, values: Sequence[bytes]) -> bool:
+        """Whether the text of a mail of one ground is, with these values."""
+        return self.shared_is_ascii and all(values[place].isascii() for place in self._chosen)
+
+    def pieces(self, *, is_ascii: bool) -> list[bytes | int]:
+        """The text with its headers, for a template; sent as it is."""
+        return [self.heads[b"7bit" if is_ascii else b"8bit"], *self._pieces]
+
+    def _room(self) -> int:
+        """With values of at most so many octets the text needs no encoding for its lines; -1: it always needs one."""
+        if self._controls or self._widest_shared > mime.LONGEST_LINE:
+            return -1
+        rooms = [(mime.LONGEST_LINE - length) // len(own) for length, own in self._personal_lines]
+        return min(rooms, default=mime.LONGEST_LINE)
 
     def write(self, values: Sequence[bytes], *, eightbit: bool) -> tuple[bytes, bytes]:
         """The text with these values as it is sent, and the headers that say how: what `mime.encoded_body` says."""
         octets = b"".join(self._order((*self._literals, *values))) if self._order is not None else self._literals[0]
         is_ascii = octets.isascii()
         if (eightbit or is_ascii) and not self._controls and self._lines_fit(values, len(octets)):
-            return octets, self._heads[b"7bit" if is_ascii else b"8bit"]
+            return octets, self.heads[b"7bit" if is_ascii else b"8bit"]
         encoded, name = mime.encoded_octets(octets, lambda: self._in_quoted(values))
-        return encoded, self._heads[name]
+        return encoded, self.heads[name]
 
     def _lines_fit(self, values: Sequence[bytes], size: int) -> bool:
         if self._widest + size - self._literal_size <= mime.LONGEST_LINE:
@@ -450,8 +545,7 @@ def _shared_encoded(lines: Sequence[list[bytes | int]]) -> list[bytes | list[byt
 
 # ---------------------------------------------------------------- headers
 
-_PLAIN_WORD: Final = re.compile(r"[A-Za-z0-9_.-]{1,80}")
-_DATE, _TO, _SUBJECT = -1, -2, -3  # lines that are written for each mail
+_PLAIN_WORD: Final = re.compile(rb"[A-Za-z0-9_.-]{1,%d}" % LONGEST_WORD)
 # Plain words that stand where the personal ones will: no header has one of them by itself.
 _STAND_INS: Final[dict[int, str]] = {NUMBER: "NzNzNz", UNSUBSCRIBE: "UxUxUx"}
 
@@ -468,24 +562,29 @@ class _Head:
         self._headers = [(name, *split(value, nonce)) for name, value in headers]
         self._subject = subject
         self._one_ground = grounds == 1
-        self._layouts: dict[int, tuple[list[bytes], itemgetter[Any]] | None] = {}
+        self._templates: dict[int, _Template | None] = {}
 
-    def write(self, values: Sequence[str], address: str, seconds: int) -> bytes:
-        """The whole header block but for those of MIME. Raises MimeError."""
+    def template(self, values: Sequence[bytes]) -> _Template | None:
+        """The header block but for the headers of MIME, for mails of one ground; None where it must be written."""
         account = values[FIRST_GROUND]
-        layout = None
-        if self._one_ground and values[LABEL] in ("", account) and _PLAIN_WORD.fullmatch(account):
-            if len(account) not in self._layouts:
-                self._layouts[len(account)] = self._layout(len(account))
-            layout = self._layouts[len(account)]
+        if values[LABEL] not in (b"", account) or not _PLAIN_WORD.fullmatch(account):
+            return None
+        length = len(account)
+        if length not in self._templates:
+            self._templates[length] = self._template(length)
+        return self._templates[length]
+
+    def write(self, values: Sequence[str], recipient: str, seconds: int) -> bytes:
+        """The whole header block but for those of MIME. Raises MimeError."""
         date = _date_line(seconds)
-        to = mime.mailbox_header("To", values[NAME], address).encode()
+        to = mime.written_mailbox("To", values[NAME], recipient).encode()
         subject = self._subject if self._subject is not None else mime.header("Subject", values[SUBJECT]).encode()
-        if layout is None:
+        octets = [value.encode() for value in values]
+        found = self.template(octets) if self._one_ground else None
+        if found is None:
             return self._written(values, date, to, subject)
-        literals, order = layout
-        number, token = values[NUMBER].encode(), values[UNSUBSCRIBE].encode()
-        return b"".join(order((*literals, date, to, subject, number, token, account.encode())))
+        template, order = found
+        return template % order((*octets, b"", b"", to, date, b"", b"", subject))
 
     def _written(self, values: Sequence[str], date: bytes, to: bytes, subject: bytes) -> bytes:
         lines = []
@@ -499,8 +598,8 @@ class _Head:
                 lines += [to, subject]
         return b"".join(lines)
 
-    def _layout(self, length: int) -> tuple[list[bytes], itemgetter[Any]] | None:
-        """Literals, and the order in which they and the personal words make the headers; None where none is certain."""
+    def _template(self, length: int) -> _Template | None:
+        """The headers for an account's id of a length; None where that is not certain."""
         account = "Q" * length
         words = _STAND_INS | {FIRST_GROUND: account, LABEL: account}
         pieces: list[bytes | int] = []
@@ -519,28 +618,8 @@ class _Head:
             for (place, _), literal in zip(marks, found[2::2], strict=True):
                 pieces += [FIRST_GROUND if place == LABEL else place, literal.encode()]
             if name == "From":
-                pieces += [_TO, _SUBJECT]
-        return _ordered(pieces)
-
-
-def _ordered(pieces: Sequence[bytes | int]) -> tuple[list[bytes], itemgetter[Any]]:
-    """The literals joined where they stand together, and the order of them and the words behind them."""
-    literals: list[bytes] = []
-    order: list[int | tuple[int]] = []
-    before: bytes | int = -9
-    for piece in pieces:
-        if isinstance(piece, int):
-            order.append((piece,))
-        elif isinstance(before, bytes):
-            literals[-1] += piece
-        else:
-            order.append(len(literals))
-            literals.append(piece)
-        before = piece
-    words = (_DATE, _TO, _SUBJECT, NUMBER, UNSUBSCRIBE, FIRST_GROUND)
-    return literals, itemgetter(
-        *(len(literals) + words.index(one[0]) if isinstance(one, tuple) else one for one in order)
-    )
+                pieces += [_TO, _SUBJECT if self._subject is None else self._subject]
+        return _template(pieces)
 
 
 @lru_cache(maxsize=64)
