@@ -25,6 +25,8 @@ from worker.rendering import (
     Mail,
     Renderer,
     RenderError,
+    _doubtful_link,
+    _edges,
     file_name,
     list_id,
     one_line,
@@ -403,6 +405,19 @@ def test_a_long_subject_or_name_is_cut():
     )
     assert len(email.subject) == 200
     assert len(email.to_name) == 100
+
+
+WORDS = st.sampled_from(
+    ["href", 'href="https://', '="https://x.example', "='mailto:", '="mai', "hre", "f", "src", "s", "rc", "action",
+     "act", "ion", "background", "=", "background=", "backgrou", "nd=", '">', " ", "x" * 9, "y" * 15, "z" * 17]
+)  # fmt: skip
+
+
+@given(st.lists(WORDS, max_size=6).map("".join), st.lists(st.lists(WORDS, max_size=8).map("".join), max_size=6))
+def test_no_link_is_overlooked_because_only_the_edges_of_shared_texts_are_looked_at(value, literals):
+    whole = value.join(literals)
+    if not _doubtful_link(value.join(map(_edges, literals))):
+        assert not _doubtful_link(whole)
 
 
 @given(st.text())

@@ -222,11 +222,36 @@ COMPUTING = (
     "{{ grounds|selectattr('account', 'equalto', 'acme-2')|list|length }}", "{{ 1 if name is eq('Ada 2') else 2 }}",
 )  # fmt: skip
 
+_LAYOUT = '{% extends "_base/message.html" %}{% import "_base/parts.html" as parts %}{% set more = "Read on" %}'
+IN_BLOCKS = (
+    _LAYOUT + "{% block facts %}{{ name|upper }}{% endblock %}",
+    _LAYOUT + "{% block heading %}{{ super() }} {{ name|length }}{% endblock %}",
+    _LAYOUT + "{% block footer %}{{ super() }}{% if name == 'Ada 3' %}{{ name }}{% endif %}{% endblock %}",
+    _LAYOUT + "{% set hello = 'Dear ' %}{% block facts %}{{ hello ~ name|upper }}{{ locale }}{% endblock %}",
+    _LAYOUT + "{% block facts %}{{ parts.facts([(name|lower, account_name), ('b', timezone)]) }}{% endblock %}",
+    _LAYOUT + "{% block facts %}{% for c in name %}{{ c }}\n\n\n\n{% endfor %}{% endblock %}",
+    _LAYOUT + "{% block content %}{% if name|length < 9 %}{{ super() }}{% endif %}{% endblock %}{% block facts %}"
+    "{{ grounds[0].account|upper }}{{ data.effective_at|datetime }}{{ subject }}{% endblock %}",
+    _LAYOUT + "{% block facts %}<a href='https://x.test/{{ name[:9] }}' title='{{ name }}'>x</a>{% endblock %}",
+    "<a hr{% block a %}{{ ('e' ~ name)[:2]|lower }}{% endblock %}=\"javascript:{{ name }}\">x</a>" + "long " * 20,
+    "<a title='{{ name }}'>{{ name }}</a><a sr{% block a %}{{ name[:1] }}{% endblock %}='x:{{ name }}'>x</a>",
+    "{% for g in grounds %}{{ g.account }}{% endfor %}{% block a %}{{ name|title }}\n\n\n{% endblock %}\n\n\n ",
+)  # fmt: skip
+NOT_ONLY_IN_BLOCKS = (
+    "{% set who = name|upper %}{% block a %}{{ who }}{% endblock %}",
+    "{% set who = name %}{% block a %}{{ who|upper }}{% endblock %}",
+    "{% block a %}{{ x is defined }}{{ name|upper }}{% endblock %}{% set x = 1 %}",
+    "{% set x = 0 %}{% block a %}{{ x }}{{ name|upper }}{% endblock %}{% set x = 1 %}",
+    "{% for g in grounds %}{% block a scoped %}{{ g.account|upper }}{% endblock %}{% endfor %}",
+    "{% for g in [1, 2] %}{% block a %}{{ name|upper }}{% endblock %}{% endfor %}",
+    "{% filter upper %}{% block a %}{{ name|lower }}{% endblock %}{% endfilter %}",
+)
+
 
 @hypothesis_settings(max_examples=120, deadline=None)
 @given(
     type_name=st.sampled_from(FAN_OUT),
-    source=st.one_of(st.none(), st.sampled_from(SIMPLE), st.sampled_from(COMPUTING)),
+    source=st.one_of(st.none(), *map(st.sampled_from, (SIMPLE, COMPUTING, IN_BLOCKS, NOT_ONLY_IN_BLOCKS))),
     part=st.sampled_from(["body.txt", "body.html"]),
     shape=st.sampled_from([DIRECT, COPY, BOTH, ESIGN]),
     others=st.lists(st.tuples(NAMES, st.lists(ACCOUNTS, min_size=1, max_size=2)), min_size=1, max_size=5),
@@ -238,7 +263,7 @@ COMPUTING = (
 def test_a_mail_by_a_rendition_has_the_bytes_of_the_same_mail_in_full(
     type_name, source, part, shape, others, eightbit, links, email, title
 ):
-    renderer = SHIPPED if source is None else with_body(source.replace("words.html", f"words{part[4:]}"), part)
+    renderer = SHIPPED if source is None else with_body(source.replace('.html"', f'{part[4:]}"'), part)
     event = an_event("service.notice" if source is not None else type_name)
     if "title" in event.data:
         event = replace(event, data={**event.data, "title": title})
@@ -288,6 +313,32 @@ def test_a_template_that_computes_on_a_personal_value_is_rendered_in_full(source
     assert press.by_rendition == 0
     assert press.in_full == 9
     assert logged == []
+
+
+@pytest.mark.parametrize("source", [*IN_BLOCKS, *NOT_ONLY_IN_BLOCKS])
+@pytest.mark.parametrize("part", ["body.txt", "body.html"])
+def test_a_template_that_computes_in_blocks_is_rendered_by_an_outline_with_the_bytes_of_the_same_mail_in_full(
+    source, part, logged
+):
+    renderer = with_body(source.replace('.html"', f'{part[4:]}"'), part)
+    event, audience = an_event(), Audience().plain(12)
+    for name in HOSTILE:
+        audience.add(name)
+        audience.add("Fred", accounts=((f"acme-{len(name)}", name),), place=("de", "Asia/Tokyo"))
+    press = a_press(renderer)
+    made = by_press(press, event, audience)
+    assert made == in_full(renderer, event, audience)
+    assert isinstance(made[0], bytes)
+    assert any(kind.outline is not None for kind in press._kinds.values()) == (source in IN_BLOCKS)
+    assert press.by_rendition == 0
+    assert logged == []
+
+
+@pytest.mark.parametrize("source", ["{{ name|upper }}, {{ data.title }}", "{{ name[:0] }}", "{{ data.title|upper }}"])
+def test_a_subject_that_is_computed_is_computed_for_each_mail_beside_an_outline(source):
+    renderer, event, audience = with_body(source, "subject.txt"), an_event(), Audience().plain(9)
+    press = a_press(renderer)
+    assert by_press(press, event, audience) == in_full(renderer, event, audience)
 
 
 @pytest.mark.parametrize("source", ["{{ name }}, {{ data.title }}", "{{ name|e }}, {{ account_name }}" + "!" * 180])
@@ -461,6 +512,21 @@ def test_a_rendition_that_is_wrong_is_found_and_the_right_mail_goes_out(logged):
     found = next(at for at, body in enumerate(after) if body != before[at % 9])
     assert found == 100 - 30 - 1  # the 100th of its kind
     assert after[found:] == in_full(renderer, event, audience)[found:]
+
+
+def test_an_outline_that_is_wrong_is_found_and_the_right_mail_goes_out(logged):
+    renderer = with_body("{{ data.title|role_title }} sabotaged {% block a %}{{ name|upper }}{% endblock %}")
+    said = []
+    for environment in (renderer._environment, renderer._tracing):
+        environment.filters["role_title"] = lambda title: f"{title} {len(said)}"
+    event, audience = an_event(effective_at=None), Audience().plain(9)
+    press = a_press(renderer)
+    by_press(press, event, audience)
+    said.append("from now on the filter says something else, and the outline is stale")
+    audience.dues = audience.dues[:4]
+    assert by_press(press, event, audience) == in_full(renderer, event, audience)  # the first was the 10th of its kind
+    assert [(line["event"], line["log_level"]) for line in logged] == [("rendition.differs", "error")]
+    assert not any(kind.outline for kind in press._kinds.values())
 
 
 def test_a_rendition_that_is_wrong_at_once_fills_no_mail(logged):

@@ -13,7 +13,7 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from decimal import Decimal, InvalidOperation
@@ -21,10 +21,10 @@ from email.utils import format_datetime
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Final, Literal, TypeVar, cast
+from typing import Any, Final, Literal, TypeVar, cast
 from zoneinfo import ZoneInfo
 
-from jinja2 import Template, TemplateError, TemplateNotFound, pass_context
+from jinja2 import TemplateError, TemplateNotFound, pass_context
 from jinja2.exceptions import TemplateRuntimeError
 from jinja2.runtime import Context
 from jinja2.utils import concat
@@ -34,8 +34,16 @@ from worker import masking
 from worker.event_fields import ATTACHMENT_TYPES, MAX_ATTACHMENT_BYTES, instant
 from worker.markdown import markdown_html
 from worker.masking import WITHHELD
-from worker.sandbox import STYLE, Sandbox, TemplateRefused, environment, inline_fragment, shipped_templates
-from worker.tracing import USED, Leaf, mark, marked, tracing
+from worker.sandbox import (
+    STYLE,
+    Sandbox,
+    TemplateRefused,
+    environment,
+    escaped,
+    inline_fragment,
+    shipped_templates,
+)
+from worker.tracing import FIRST_HOLE, HOLES, USED, Computed, Holes, Leaf, mark, marked, split, tracing
 
 T = TypeVar("T")
 Variant = Literal["direct", "copy", "esign", "fallback", "approval", "contact_list"]
@@ -57,7 +65,7 @@ class RenderError(Exception):
     """The mail cannot be made: names the template and the fault in one sentence. Sending it again does not help."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ground:
     """One account's reason for a mail: the roles (keys, titles and reason codes in the same order) that brought it."""
 
@@ -72,7 +80,7 @@ class Ground:
     category_title: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Mail:
     """All that a rendering depends on; `grounds` has at least one entry, and the first gives the account name."""
 
@@ -108,7 +116,7 @@ class Attachment:
     content: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Email:
     """A mail as meant, before it becomes bytes; header values are decoded text, without To, Subject and MIME ones."""
 
@@ -143,6 +151,35 @@ class Traced:
     html: str
     headers: tuple[tuple[str, str], ...]
     by_place: bool  # the templates asked for the recipient's locale or time zone
+
+
+@dataclass(frozen=True, slots=True)
+class _Gaps:
+    """One text of an outline: what stands around personal values and around blocks that are rendered each time."""
+
+    template: str
+    literals: list[str]
+    edges: list[str]  # of the literals, see `_edges`
+    marks: list[tuple[int, int]]  # as `split` gives them
+    holes: list[str]  # blocks, by place
+    vars: dict[str, Any]  # what blocks see of the template's top
+    blocks: dict[str, list[Callable[[Context], Iterator[str]]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What mails share that differ in personal values alone, though their templates compute on these in some blocks."""
+
+    subject: str | None  # None where it is personal
+    text: _Gaps
+    html: _Gaps
+    given: list[bool]  # which personal values there are
+    by_place: bool  # the templates asked for the recipient's locale or time zone
+
+    @property
+    def octets(self) -> int:
+        """About how much memory it takes."""
+        return sum(map(len, (*self.text.literals, *self.html.literals)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,16 +218,15 @@ class Renderer:
         self._tracing = tracing(self._environment)
         self._seen: _Seen = ({}, "direct", ({}, []))
 
-    def render(self, mail: Mail) -> Email:
-        """The email that `mail` describes. Raises RenderError."""
+    def render(self, mail: Mail, *, outline: Outline | None = None) -> Email:
+        """The email that `mail` describes; an outline of such mails makes it cheaper. Raises RenderError."""
         data, files = self._visible(mail)
         context = _context(mail, data, _linked(files))
-        subject = one_line(self._part(self._environment, mail.type, "subject.txt", context), SUBJECT_LENGTH)
-        if not subject:
-            raise RenderError(f"{mail.type}/subject.txt: the subject is empty; give it at least one word")
+        subject = outline.subject if outline is not None and outline.subject else self._subject(mail.type, context)
         context["subject"] = subject
-        text, html = self._bodies(self._environment, mail.type, context)
-        if (unsafe := _unsafe_link(html)) is not None:
+        texts = self._outlined(outline, context) if outline is not None else None
+        text, html, checked = texts or (*self._bodies(self._environment, mail.type, context), False)
+        if not checked and (unsafe := _unsafe_link(html)) is not None:
             raise RenderError(f"{mail.type}/body.html: the link {unsafe!r} is neither https, http nor mailto")
         return Email(
             subject=subject,
@@ -201,6 +237,76 @@ class Renderer:
             to_address=mail.to_address,
             attachments=_enclosed(mail.type, files),
         )
+
+    def _subject(self, type_name: str, context: dict[str, object]) -> str:
+        subject = one_line(self._part(self._environment, type_name, "subject.txt", context), SUBJECT_LENGTH)
+        if not subject:
+            raise RenderError(f"{type_name}/subject.txt: the subject is empty; give it at least one word")
+        return subject
+
+    def outline(self, mail: Mail, *, nonce: str) -> Outline:
+        """The outline of the mails that differ from this one in personal values alone.
+
+        Where a template computes on these, the block in which it does so is rendered for each mail. Raises Computed
+        where it does so outside of blocks, and RenderError as `render` does.
+        """
+        data, files = self._visible(mail)
+        context = _context(mail, data, _linked(files))
+        used: set[str] = set()
+        tokens = dict(enumerate(_personal(context | {"subject": ""})))
+        traced = context | _leaves(context, tokens, nonce) | {USED: used}
+        try:
+            subject = self._part(self._tracing, mail.type, "subject.txt", traced)
+        except Computed:
+            subject = mark(nonce, SUBJECT)
+        context["subject"] = self._subject(mail.type, context)
+        traced["subject"] = Leaf(mark(nonce, SUBJECT))
+        text, html = (self._gaps(mail.type, part, context, traced, nonce) for part in ("body.txt", "body.html"))
+        given = list(map(bool, _personal(context)))
+        by_place = bool(used & {"locale", "timezone"})
+        return Outline(None if marked(subject) else one_line(subject, SUBJECT_LENGTH), text, html, given, by_place)
+
+    def _gaps(
+        self, type_name: str, part: str, context: dict[str, object], traced: dict[str, object], nonce: str
+    ) -> _Gaps:
+        """One text of an outline: `context` is what its template sees, `traced` the same with leaves."""
+        name, holes = f"{type_name}/{part}", Holes(nonce)
+        literals, marks = split(self._part(self._tracing, type_name, part, traced | {HOLES: holes}), nonce)
+        if not holes.settled or any(level > (place < FIRST_HOLE) for place, level in marks):
+            raise Computed("a block sees what is set behind it, or is escaped as a whole, or a value is escaped twice")
+        usual = self._environment.context(name, context)
+        _limited(self._environment.pieces(usual))  # fills in what stands at the top, and all blocks
+        return _Gaps(name, literals, list(map(_edges, literals)), marks, holes.names, usual.vars, usual.blocks)
+
+    def _outlined(self, outline: Outline, context: dict[str, object]) -> tuple[str, str, bool] | None:
+        """The texts by an outline, and whether it is certain that the links in the HTML are safe.
+
+        None where they must be rendered in full, if only to tell what is wrong.
+        """
+        values = _personal(context)
+        if list(map(bool, values)) != outline.given:
+            return None
+        try:
+            text, html = outline.text, outline.html
+            between_text, between_html = (self._between(gaps, values, context) for gaps in (text, html))
+            texts = _tidy(_limited(woven(text.literals, between_text)), _limited(woven(html.literals, between_html)))
+        except (TemplateError, *_FAULTS):
+            return None
+        return *texts, not _doubtful_link("".join(woven(html.edges, between_html)))
+
+    def _between(self, gaps: _Gaps, values: list[str], context: dict[str, object]) -> list[str]:
+        """What stands between the literals of a text."""
+        found = []
+        seen = None
+        for place, level in gaps.marks:
+            if place < FIRST_HOLE:
+                found.append(escaped(values[place]) if level else values[place])
+                continue
+            if seen is None:
+                seen = self._environment.context(gaps.template, context)
+                seen.vars, seen.blocks = gaps.vars, gaps.blocks
+            found.append(_limited(seen.blocks[gaps.holes[place - FIRST_HOLE]][0](seen)))
+        return found
 
     def trace(self, mail: Mail, *, tokens: Mapping[int, str], nonce: str) -> Traced:
         """The mail with marks in place of its personal values; `tokens` are those in its links, by their places.
@@ -229,8 +335,7 @@ class Renderer:
         return seen
 
     def _bodies(self, environment: Sandbox, type_name: str, context: dict[str, object]) -> tuple[str, str]:
-        text = _BLANK_LINES.sub("\n\n", self._part(environment, type_name, "body.txt", context)).strip() + "\n"
-        return text, self._part(environment, type_name, "body.html", context).strip() + "\n"
+        return _tidy(*(self._part(environment, type_name, part, context) for part in ("body.txt", "body.html")))
 
     def version(self, type_name: str) -> str:
         """A short hash of the sources that mails of a type are made from: equal version, equal templates."""
@@ -273,23 +378,27 @@ class Renderer:
         name = f"{type_name}/{part}"
         try:
             budget = OUTPUT_BUDGET if environment is self._environment else OUTPUT_BUDGET // 2  # values may be longer
-            return _limited(environment.get_template(name), context, budget)
+            return _limited(environment.pieces(environment.context(name, context)), budget)
         except TemplateRefused as error:
             raise RenderError(str(error)) from None
         except TemplateNotFound as error:
             raise RenderError(f"{name}: there is no template {error.name}") from None
         except TemplateError as error:
             raise RenderError(f"{name}: {error.message}") from error
-        except (
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-            MemoryError,
-        ) as error:
+        except _FAULTS as error:
             raise RenderError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+_FAULTS: Final = (
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+    MemoryError,
+)
+"""What an expression of a template may raise, beside Jinja's own errors."""
 
 
 def variants(type_name: str) -> tuple[Variant, ...]:
@@ -324,23 +433,49 @@ _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n){2,}")
 _LINK = re.compile(r"""<\w[^<>]*?\s(?:href|src|action|background)\s*=\s*["']?(?!https?://|mailto:|["'])([^"'>\s]*)""")
 
 _SAFE_TARGETS = ('="https://', '="http://', '="mailto:')
+_EDGE: Final = 16  # longer than `href` with a target, and than any word that `_doubtful_link` looks for
 
 
 def _unsafe_link(html: str) -> str | None:
     """The first link in the HTML that leads elsewhere than to the web or a mailbox."""
-    ours = all(rest.startswith(_SAFE_TARGETS) for rest in html.split("href")[1:])
-    if ours and not any(word in html for word in ("src", "action", "background=")):
-        return None  # quick, and true of nearly every mail; words in a text only cost the slower look
+    if not _doubtful_link(html):
+        return None
     found = _LINK.search(html)
     return found.group(1) if found else None
 
 
-def _limited(template: Template, context: dict[str, object], budget: int) -> str:
-    """The template's output, at most so many characters of it."""
+def _doubtful_link(html: str) -> bool:
+    """Whether a link may be unsafe. Quick, and false of nearly every mail; words in a text only cost a slower look."""
+    ours = all(rest.startswith(_SAFE_TARGETS) for rest in html.split("href")[1:])
+    return not ours or "src" in html or "action" in html or "background=" in html
+
+
+def _edges(literal: str) -> str:
+    """A literal without its middle where that is safe: what `_doubtful_link` then finds hangs on the edges alone."""
+    if len(literal) <= 2 * _EDGE:
+        return literal
+    opened = literal.rfind("href", -_EDGE)  # its target is in what follows
+    doubtful = _doubtful_link(literal if opened < 0 else literal[:opened])
+    return literal if doubtful else f"{literal[:_EDGE]}\0{literal[-_EDGE:]}"
+
+
+def woven(literals: Sequence[T], between: Sequence[T]) -> list[T]:
+    """A literal, what stands behind it, a literal, and so on to the last literal."""
+    pieces = [*literals, *between]
+    pieces[::2], pieces[1::2] = literals, between
+    return pieces
+
+
+def _tidy(text: str, html: str) -> tuple[str, str]:
+    """The texts as they are sent: no two blank lines together in the plain one, one line end at their ends."""
+    return _BLANK_LINES.sub("\n\n", text).strip() + "\n", html.strip() + "\n"
+
+
+def _limited(given: Iterable[str], budget: int = OUTPUT_BUDGET) -> str:
+    """A template's output, at most so many characters of it."""
     size = 0
     chunks: list[str] = []
-    # Jinja's generate() would add a step to each piece, and rewrite tracebacks that nobody is shown.
-    pieces = template.root_render_func(template.new_context(context))
+    pieces = iter(given)
     while some := list(islice(pieces, 64)):
         size += sum(map(len, some))
         if size > budget:
@@ -384,6 +519,19 @@ def _context(mail: Mail, data: dict[str, object], links: list[dict[str, str]]) -
         "status_page_url": mail.status_page_url,
         "attachment_links": links,
     }
+
+
+def _personal(context: Mapping[str, Any]) -> list[str]:
+    """The personal values of a context by their places; an empty text where there is none."""
+    values = [context["name"], context["subject"], _token(context["unsubscribe_url"]), "", ""]
+    for ground in context["grounds"]:
+        values += (ground["account"], ground["account_name"], _token(ground["preference_url"]))
+    return values
+
+
+def _token(url: str | None) -> str:
+    """What of a personal link is personal; the whole link where it does not end with a word."""
+    return (url.rpartition("/")[2] or url) if url else ""
 
 
 def _leaves(context: Mapping[str, object], tokens: Mapping[int, str], nonce: str) -> dict[str, object]:

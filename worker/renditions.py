@@ -5,10 +5,13 @@ places for the personal values. It is made at the second mail of its kind, from 
 (`worker.tracing`), and only where that proves that the templates do nothing with a personal value but say it.
 
 Promises: equal input, equal bytes, whether by a rendition or in full. What cannot be proven is rendered in full: a
-template that computes on a value, a value that is no plain piece of one line, a mail whose words hold a boundary. And
-the proof is checked: the first mail of each rendition, its 10th, 100th and each 1,000th are also rendered in full and
-compared byte by byte; where they differ, that is logged as an error, the full mail goes out, and the kind has no
-rendition any more.
+template that computes on a value, a value that is no plain piece of one line, a mail whose words hold a boundary. Where
+a template computes inside of blocks alone, a kind that must be rendered in full has an *outline*
+(`worker.rendering.Outline`): these blocks are rendered for each mail, and what is proven is not rendered again.
+
+And the proof is checked: the first mail of each rendition and outline, the 10th, 100th and each 1,000th of its kind are
+also rendered without and compared byte by byte; where they differ, that is logged as an error, the full mail goes out,
+and the kind has neither any more.
 """
 
 from __future__ import annotations
@@ -42,11 +45,13 @@ from worker.rendering import (
     UNSUBSCRIBE,
     Email,
     Mail,
+    Outline,
     Renderer,
     RenderError,
     Traced,
     date_text,
     one_line,
+    woven,
 )
 from worker.tracing import Computed, split
 from worker.transaction import Envelope
@@ -88,6 +93,7 @@ class _Kind:
     listed: bool  # they can be opted out of
     mails: int = 0
     rendition: Rendition | None = None
+    outline: Outline | None = None  # for those that must be rendered in full
     placed: bool = False  # they have one locale and time zone
     by_place: bool = False  # those of each locale and time zone are a kind of their own
     refused: bool = False  # it is known that they must be rendered in full
@@ -95,8 +101,13 @@ class _Kind:
     checked_at: int = 0  # mails from which on the next one is checked
     locales: set[str] = field(default_factory=set)  # those whose first mail was rendered in full
 
+    @property
+    def octets(self) -> int:
+        """About how much memory it takes."""
+        return sum(made.octets for made in (self.rendition, self.outline) if made is not None)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class _Whole:
     """A mail that was rendered in full."""
 
@@ -139,9 +150,7 @@ class Press:
             is_ascii = body.isascii()
         sender = bounce_sender(self._address_key, delivery, domain=event.bounce_domain)
         # By place, for names cost here: smtputf8, eightbit, clean.
-        return Envelope(
-            sender, recipient, body, not recipient.isascii(), eightbit and not is_ascii, written is not None
-        )
+        return Envelope(sender, recipient, body, not recipient.isascii(), eightbit and not is_ascii, True)
 
     def told(self) -> list[Told]:
         """The variants and locales of events that were rendered since this was last asked."""
@@ -150,10 +159,12 @@ class Press:
 
     # ------------------------------------------------------------ in full
 
-    def _full(self, event: EventRow, due: Due, people: People, *, begun: int, eightbit: bool) -> _Whole:
+    def _full(
+        self, event: EventRow, due: Due, people: People, *, begun: int, eightbit: bool, outline: Outline | None = None
+    ) -> _Whole:
         """The mail rendered for its recipient alone; the first of each variant and locale is read back."""
         mail = self._composer.mail_of(event, due, people, now=begun)
-        email = self._renderer.render(mail)
+        email = self._renderer.render(mail, outline=outline)
         body = mime.assemble(email, eightbit=eightbit)
         self.in_full += 1
         variant = (event.id, mail.variant, mail.locale)
@@ -164,6 +175,17 @@ class Press:
             self._proven.add(variant)
             self._told.append(Told(*variant, self._renderer.version(event.type)))
         return _Whole(mail, email, body)
+
+    def _by_outline(
+        self, event: EventRow, due: Due, people: People, kind: _Kind, *, begun: int, eightbit: bool
+    ) -> bytes:
+        """The mail rendered with the outline of its kind; now and then without, to compare them."""
+        if kind.mails < kind.checked_at:
+            return self._full(event, due, people, begun=begun, eightbit=eightbit, outline=kind.outline).body
+        whole = self._full(event, due, people, begun=begun, eightbit=eightbit)
+        body = mime.assemble(self._renderer.render(whole.mail, outline=kind.outline), eightbit=eightbit)
+        self._check(event, due, kind, body, whole)
+        return whole.body
 
     # ------------------------------------------------------------ by a rendition
 
@@ -182,9 +204,12 @@ class Press:
         """The mail by the rendition of its kind, and whether it is ASCII; None where it must be rendered in full."""
         kind = self._kind_of(event, due, people, contact, eightbit=eightbit)
         kind.mails += 1
-        if kind.refused or contact.locale not in kind.locales:
+        if contact.locale not in kind.locales or (kind.refused and kind.outline is None):
             kind.locales.add(contact.locale)
             return None
+        if kind.outline is not None:
+            body = self._by_outline(event, due, people, kind, begun=begun, eightbit=eightbit)
+            return body, body.isascii()
         values = self._composer.personal(due, delivery, people, listed=kind.listed)
         if bool(values[NAME]) != bool(contact.name):
             return None  # a name of blanks alone: the kind's others have one
@@ -234,7 +259,7 @@ class Press:
         self._kinds[key] = kind
         while len(self._kinds) > MOST_KINDS or (self._octets > MOST_OCTETS and len(self._kinds) > 1):
             _, forgotten = self._kinds.popitem(last=False)
-            self._octets -= forgotten.rendition.octets if forgotten.rendition is not None else 0
+            self._octets -= forgotten.octets
         return kind
 
     def _first(
@@ -267,9 +292,24 @@ class Press:
                 kind.by_place = True
                 return None
             return Rendition(traced, whole.email, self._nonce, grounds=len(whole.mail.grounds))
-        except (Computed, RenderError, mime.MimeError):
+        except Computed:
+            self._outline(whole, kind)
+        except (RenderError, mime.MimeError):
             kind.refused = True
-            return None
+        return None
+
+    def _outline(self, whole: _Whole, kind: _Kind) -> None:
+        """Give a kind that has no rendition an outline, where the templates allow one."""
+        kind.refused = True
+        try:
+            outline = self._renderer.outline(whole.mail, nonce=self._nonce)
+        except (Computed, RenderError):
+            return
+        if outline.by_place and not kind.placed:
+            kind.by_place, kind.refused = True, False
+        else:
+            kind.outline = outline
+            self._octets += outline.octets
 
     def _check(self, event: EventRow, due: Due, kind: _Kind, body: bytes, whole: _Whole) -> None:
         """Compare a mail with itself in full; where they differ the kind has no rendition any more."""
@@ -280,8 +320,8 @@ class Press:
             return
         place = next((at for at, (a, b) in enumerate(zip(body, whole.body, strict=False)) if a != b), len(whole.body))
         logger.error("rendition.differs", event_id=event.ulid, n=due.n, octet=place, what_next="it is rendered in full")
-        self._octets -= kind.rendition.octets if kind.rendition is not None else 0
-        kind.rendition, kind.refused = None, True
+        self._octets -= kind.octets
+        kind.rendition, kind.outline, kind.refused = None, None, True
 
 
 def _seconds(due: Due, begun: int) -> int:
@@ -377,7 +417,7 @@ class Rendition:
         literals, marks = self._subject
         if marks:
             said = [str(escape(values[place])) if level else values[place] for place, level in marks]
-            values[SUBJECT] = one_line("".join(_woven(literals, said)), SUBJECT_LENGTH)
+            values[SUBJECT] = one_line("".join(woven(literals, said)), SUBJECT_LENGTH)
             if not values[SUBJECT] or max(map(len, said)) > LONGEST_VALUE:
                 return None
         filled = []
@@ -427,7 +467,7 @@ class _Text:
         self.heads = {name: mime.text_part(subtype, b"", name) for name in _ENCODINGS}
         self._literals = literals
         self._order = (
-            itemgetter(*_woven(range(len(literals)), [len(literals) + slot for slot in slots])) if slots else None
+            itemgetter(*woven(range(len(literals)), [len(literals) + slot for slot in slots])) if slots else None
         )
         self._controls = any(map(mime.has_controls, literals))
         self._lines = _lines(literals, slots)
@@ -437,7 +477,7 @@ class _Text:
         self._widest_shared = max((length for length, own in lengths if not own), default=0)
         self._personal_lines = [(length, own) for length, own in lengths if own]
         places = [_ESCAPED.get(place, place) if level else place for place, level in marks]
-        self._pieces: list[bytes | int] = _woven([*literals], places)
+        self._pieces: list[bytes | int] = woven([*literals], places)
         self._chosen = tuple({place for place, _ in marks} & {NAME, TITLE})
         self.room = self._room()
         self._quoted: list[bytes | list[bytes | int]] | None = None
@@ -501,11 +541,6 @@ def _refuse_marks(subtype: str, texts: Sequence[str], marks: Sequence[tuple[int,
 # A boundary is `=_` and hexadecimal digits (mime.frame), and stands in no shared text. So it can stand in a mail only
 # where a value holds its `=`, or where one follows a text that ends like this.
 _BEGUN_BOUNDARY: Final = re.compile(r"=(?:_[0-9a-f]*)?\Z")
-
-
-def _woven(literals: Sequence[T], between: Sequence[T]) -> list[T]:
-    """A literal, what stands behind it, a literal, and so on to the last literal."""
-    return [piece for pair in zip(literals, [*between, literals[0]], strict=True) for piece in pair][:-1]
 
 
 def _lines(literals: Sequence[bytes], slots: Sequence[int]) -> list[list[bytes | int]]:
@@ -592,7 +627,7 @@ class _Head:
             if name == "Date":
                 lines.append(date)
                 continue
-            value = "".join(_woven(literals, [values[place] for place, _ in marks]))
+            value = "".join(woven(literals, [values[place] for place, _ in marks]))
             lines.append(mime.header(name, value).encode())
             if name == "From":
                 lines += [to, subject]
@@ -608,7 +643,7 @@ class _Head:
                 pieces.append(_DATE)
                 continue
             stand_ins = [words[place] for place, _ in marks]
-            value = "".join(_woven(literals, stand_ins))
+            value = "".join(woven(literals, stand_ins))
             line = mime.header(name, value)
             found = re.split(f"({'|'.join(set(stand_ins))})", line) if stand_ins else [line]
             of_any_length = account not in stand_ins

@@ -4,7 +4,8 @@ A template is rendered once with *leaves* in place of the personal values. A lea
 handed to macros, put into lists and mappings, and tested for truth (it stands for a text that is not empty). Its output
 is a *mark*, which later gives way to the value; the mark holds an `&`, so that it tells how often it was escaped.
 Whatever else a template does with a leaf, or with a text that holds a mark, raises `Computed`: a comparison, a filter,
-a test, a loop over its letters, a slice, a method. Then nothing is proven, and the mails are rendered in full.
+a test, a loop over its letters, a slice, a method. Then nothing is proven, and the mails are rendered in full; or,
+where that is asked for (`Holes`), nothing is proven of the block in which it happens, which leaves a mark of its own.
 
 How it is made sure: the environment here compiles the same sources as the usual one, with each operand that an
 expression looks at wrapped in a check (`_Checks`), and every filter, test, look-up and call checked when it is made.
@@ -14,12 +15,13 @@ What is neither known nor plain counts as a computation. The usual environment h
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import wraps
 from types import BuiltinMethodType, GeneratorType
 from typing import Any, Final, TypeVar, cast
 
 from jinja2 import BaseLoader, Template, Undefined, nodes
+from jinja2.environment import TemplateModule
 from jinja2.runtime import BlockReference, Context, Macro
 from jinja2.visitor import NodeTransformer
 
@@ -31,6 +33,7 @@ _OPEN: Final = "\ue000"
 _CLOSE: Final = "\ue001"
 # Names that no template can write.
 USED: Final = "names used"
+HOLES: Final = "blocks left out"
 _CLEAN: Final = "a clean operand"
 _SAID: Final = "what may be said"
 _WHOLE: Final = "a container"
@@ -265,8 +268,83 @@ def _wrapped(node: nodes.Expr, check: str | None) -> nodes.Expr:
 # ---------------------------------------------------------------- the environment
 
 
+FIRST_HOLE: Final = 1_000_000_000
+#: The places of blocks begin behind those of values.
+
+
+class Holes:
+    """The blocks of a template in which it computes: each leaves a mark, and is rendered for each recipient.
+
+    A block can be left out, for what it sets is seen in it alone, and what it sees is what the template was given and
+    what is set at the template's top: that must be the same for all. A template is given it by the name HOLES.
+    """
+
+    def __init__(self, nonce: str) -> None:
+        self.names: list[str] = []  # by place
+        self._nonce = nonce
+        self._top: Context | None = None
+        self._seen: list[dict[str, Any]] = []  # what was set at the top, for each block
+
+    def watch(self, context: Context) -> None:
+        """Look at the blocks of a context; the first one is that of the whole template."""
+        self._top = self._top or context
+        context.blocks = _Blocks(context.blocks, self)
+
+    def leave(self, name: str, context: Context) -> str:
+        """The mark of a block. Raises Computed where the block cannot be left out."""
+        plain = all(type(value) is TemplateModule or not holds_leaf(value) for value in context.vars.values())
+        if context is not self._top or name in self.names or not plain:
+            raise Computed("a block computes on what it is given where it stands")
+        self.names.append(name)
+        self._seen.append(dict(context.vars))
+        return mark(self._nonce, FIRST_HOLE + len(self.names) - 1)
+
+    @property
+    def settled(self) -> bool:
+        """Whether what is set at the template's top is at the end what it was for each block that was left out."""
+        top = self._top.vars if self._top is not None else {}
+        return all(seen.keys() == top.keys() and all(top[name] is seen[name] for name in top) for seen in self._seen)
+
+
+class _Block:
+    """A block that is left out where it computes."""
+
+    def __init__(self, name: str, function: Callable[[Context], Iterator[str]], holes: Holes) -> None:
+        self._name = name
+        self._function = function
+        self._holes = holes
+
+    def __call__(self, context: Context) -> Iterator[str]:
+        try:
+            return iter(list(self._function(context)))
+        except Computed:
+            return iter([self._holes.leave(self._name, context)])
+
+    def __eq__(self, other: object) -> bool:
+        return other == self._function  # Jinja looks up the block in which `super` stands
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _Blocks(dict[str, Any]):
+    """A context's blocks by name: those that stand in for each other, the last one first."""
+
+    def __init__(self, blocks: Mapping[str, Any], holes: Holes) -> None:
+        super().__init__(blocks)
+        self._holes = holes
+
+    def __getitem__(self, name: str) -> Any:
+        first, *others = super().__getitem__(name)
+        return [_Block(name, first, self._holes), *others]
+
+
 class _Watched(Context):
-    """Notes which of the given names a template asks for."""
+    """Notes which of the given names a template asks for, and leaves out blocks where it may."""
+
+    def __init__(self, environment: Any, parent: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(environment, parent, *args, **kwargs)
+        if HOLES in parent:
+            parent[HOLES].watch(self)
 
     def resolve_or_missing(self, key: str) -> Any:
         used = self.parent.get(USED)
