@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from email import message_from_bytes, policy
 
@@ -12,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.shared import shared
-from worker.mime import MimeError, assemble, encoded_body, encoded_words, needs_smtputf8, prove, wire_address
+from worker.mime import (
+    MimeError,
+    assemble,
+    encoded_body,
+    encoded_words,
+    needs_smtputf8,
+    prove,
+    says_plainly,
+    wire_address,
+)
 from worker.rendering import Attachment, Email
 
 EMAIL = Email(
@@ -266,3 +276,30 @@ def test_a_boundary_stands_in_no_part():
     raw = assemble(email)
     prove(email, raw)
     assert raw.count(boundary.encode()) == 1
+
+
+@given(
+    st.one_of(LINES, st.text('ab .=?"<-', max_size=20)),
+    st.one_of(LINES, st.just("Ada Lovelace")),
+    st.one_of(TEXTS, st.just("plain\n")),
+    st.booleans(),
+)
+def test_what_says_plainly_what_was_meant_is_proven_too(subject, name, text, eightbit):
+    meant = replace(EMAIL, subject=subject, to_name=name, text=text, html=f"<p>{text}</p>")
+    try:
+        raw = assemble(meant, eightbit=eightbit)
+    except MimeError:
+        return
+    if says_plainly(meant, raw, eightbit=eightbit):
+        prove(meant, raw, eightbit=eightbit)
+
+
+def test_what_is_said_plainly_is_read_octet_by_octet():
+    meant = replace(EMAIL, to_name="Ada Lovelace", text="Good morning\n", html="<p>Good morning</p>\n")
+    raw = assemble(meant)
+    assert says_plainly(meant, raw)
+    for place in range(len(raw)):
+        changed = raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]
+        with suppress(MimeError):  # wrong whatever it says
+            assert not says_plainly(meant, changed), changed
+    assert not says_plainly(meant, raw.replace(b"From:", b"Bcc: eve@x.example\r\nFrom:"))

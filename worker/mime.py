@@ -146,10 +146,14 @@ def written_mailbox(name: str, display: str, written: str) -> str:
     return _folded(name, [*_phrase(display, LINE - len(name) - 2), f"<{written}>" if display else written])
 
 
+def _is_plain_address(address: str) -> bool:
+    is_plain = address.isascii() and address.encode().translate(None, _PLAIN_IN_ADDRESS) == b"@"
+    return is_plain and address[0] != "@" != address[-1]
+
+
 def wire_address(address: str) -> str:
     """The address as it stands in headers and SMTP commands: the domain as A-labels. Raises MimeError."""
-    is_plain = address.isascii() and address.encode().translate(None, _PLAIN_IN_ADDRESS) == b"@"
-    if is_plain and address[0] != "@" != address[-1]:
+    if _is_plain_address(address):
         return address  # what is below says the same of nearly every address; a pattern would take three times as long
     local, at, domain = address.strip().rpartition("@")
     if not domain.isascii():
@@ -391,6 +395,36 @@ def prove(email: Email, raw: bytes, *, eightbit: bool = False) -> None:
     except (HeaderParseError, UnicodeError, LookupError, ValueError, TypeError, AttributeError) as error:
         # The library itself cannot read what was written, whatever it stumbled over.
         raise MimeError(f"the bytes cannot be read back: {type(error).__name__}: {error}") from error
+
+
+def says_plainly(email: Email, raw: bytes, *, eightbit: bool = False) -> bool:
+    """Whether `raw` says exactly `email`, in a form that is read in one way only; False where it may need `prove`.
+
+    Every header as it is, folded between words at the most, to one plain name and address; the two texts as they are.
+    A thirtieth of the time of `prove`. Raises MimeError where the bytes are wrong whatever they say.
+    """
+    _prove_bytes(email, raw, eightbit=eightbit)
+    head, _, rest = raw.partition(b"\r\n\r\n")
+    opening = _BOUNDARY.search(head)
+    if email.attachments or opening is None or not head.isascii() or b"=?" in head:
+        return False
+    if not (_PLAIN_NAME.fullmatch(email.to_name) and _is_plain_address(email.to_address)):
+        return False
+    meant = [f"{name}: {value}" for name, value in email.headers]
+    after_from = next((at for at, (name, _) in enumerate(email.headers, 1) if name == "From"), 0)
+    meant[after_from:after_from] = [f"To: {email.to_name} <{email.to_address}>", f"Subject: {email.subject}"]
+    meant += ["MIME-Version: 1.0", "Content-Type: multipart/alternative;" + opening[0].decode()]
+    said = head.decode("ascii").replace("\r\n ", " ").split("\r\n")
+    if said != meant or not all(map(str.isprintable, said)):
+        return False
+    line = b"--" + opening[1]
+    texts = [(b"plain", wire_octets(email.text)), (b"html", wire_octets(email.html))]
+    parts = [_PLAIN_PART % (kind, b"7" if text.isascii() else b"8", text) for kind, text in texts]
+    return rest.split(line) == [b"", *parts, b"--\r\n"]
+
+
+_BOUNDARY: Final = re.compile(rb' boundary="(=_[0-9a-f]{32})"\Z')
+_PLAIN_PART: Final = b"\r\nContent-Type: text/%s; charset=utf-8\r\nContent-Transfer-Encoding: %sbit\r\n\r\n%s\r\n"
 
 
 def _prove_bytes(email: Email, raw: bytes, *, eightbit: bool) -> None:
