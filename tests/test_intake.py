@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from sqlalchemy import func, select, update
 
 from subscriptions.database import Database
+from subscriptions.directory import Known
 from subscriptions.schema import accounts
 from tests.house import (
     ACME,
@@ -26,8 +29,11 @@ from tests.house import (
 )
 from worker import feeding, ledger
 from worker.app import App
-from worker.fanout import unpack
+from worker.delivery import Taken
+from worker.events import TYPES
+from worker.fanout import EventRow, Planning, event_row, planned_now, unpack
 from worker.intake import Publisher, Refused
+from worker.mails import Due, People, as_planned, gather, numbered
 from worker.schema import deliveries, events, flights, slices, tallies, verdicts
 
 
@@ -48,6 +54,53 @@ def test_an_event_for_one_account_is_planned_when_it_is_accepted(tmp_path: Path)
             packed = connection.execute(select(verdicts.c.packed)).scalar_one()
             assert len(unpack(packed)) == 4, "every contact has a verdict"
         assert count(app, slices) == 1
+
+
+class Witness:
+    """Takes no mail; of each event it is offered, keeps what its mails would be made from, and what the ledger says."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[EventRow, list[Due], People]] = []
+        self.read: list[tuple[list[Due], People]] = []
+
+    def take(
+        self, planning: Planning, event: EventRow, *, mails: int, guard: int, known: Known | None, now: int
+    ) -> None:
+        assert known is not None
+        assert guard == ledger.guard(planning.connection)
+        planned = planned_now(planning)
+        self.told.append((event, *as_planned(planning.connection, event, planned, known, {})))
+        owing = [n for n, *_ in planned]
+        self.read.append(gather(planning.connection, event, *numbered(owing), {}))
+        assert mails >= len(owing)
+
+    def send(self, taken: Sequence[Taken]) -> None:
+        raise AssertionError(taken)
+
+    def forget(self, taken: Sequence[Taken]) -> None:
+        raise AssertionError(taken)
+
+
+@pytest.mark.parametrize("mode", ["live", "test", "team"])
+def test_what_is_handed_on_in_the_process_is_what_the_ledger_says(
+    database: Database, tmp_path: Path, mode: str
+) -> None:
+    app = app_on(database, tmp_path)
+    roles = ["invoicing_file_failure", "accounting"]
+    twice = {"id": "twin", "name": "Twin", "email": "DI@acme.example", "roles": roles, "timezone": "Europe/Berlin"}
+    import_accounts(app, [ACME | {"contacts": [*ACME["contacts"], twice]}, GLOBEX])
+    witness = app.intake.hands = Witness()
+    publisher = Publisher(mode=mode)  # type: ignore[arg-type]
+    for name, kind in TYPES.items():
+        for account in () if kind.broadcast else ("acme", "globex"):
+            with suppress(Refused):
+                publish(app, event(name, id=f"{name} {account}", account=account), publisher=publisher)
+    assert len(witness.told) > 5
+    for (told, dues, people), (read, there) in zip(witness.told, witness.read, strict=True):
+        assert dues == read
+        assert people == there or not dues
+        with database.read() as connection:
+            assert told == event_row(connection.execute(select(events).where(events.c.id == told.id)).one())
 
 
 def test_the_same_fact_again_is_a_duplicate_and_changes_nothing(tmp_path: Path) -> None:

@@ -96,6 +96,42 @@ def test_no_mail_is_begun_while_as_many_are_in_flight_as_may_be(owing: tuple[Dat
     assert standing(database) == [(1, f"250 {n}") for n in range(1, 101)] + [(0, None)] * (MAILS - 100)
 
 
+def test_slices_that_need_not_go_back_at_once_go_back_together(owing: tuple[Database, int, Claim]) -> None:
+    database, worker, claim = owing
+    commits: list[int] = []
+
+    async def send(writer: Writer) -> bool:
+        settler = Settler(writer, worker)
+        told: list[Connection] = []
+        settler.add(accepted(claim, 1))
+        settler.besides(told.append)
+        ends = asyncio.create_task(settler.finish(claim, now=NOW, at_once=False))
+        await asyncio.sleep(0)
+        assert (commits, settler.ending[claim.lane]) == ([], 1)
+        settler.add(accepted(claim, 2))
+        await ends
+        assert (len(commits), len(told), settler.ending[claim.lane]) == (1, 1, 0)
+        return await settler.finish(claim, now=NOW, at_once=False)  # nothing waits that it could go with
+
+    with writing(database) as writer, counted(database, commits):
+        assert not asyncio.run(send(writer)), "mails are left, and it has gone back before"
+    assert standing(database)[:3] == [(1, "250 1"), (1, "250 2"), (0, None)]
+
+
+@contextmanager
+def counted(database: Database, commits: list[int]) -> Iterator[None]:
+    """Have each commit leave its mark."""
+
+    def count(_connection: Connection) -> None:
+        commits.append(1)
+
+    event.listen(database.engine, "commit", count)
+    try:
+        yield
+    finally:
+        event.remove(database.engine, "commit", count)
+
+
 @pytest.mark.parametrize("outcomes", [3, SETTLE_OUTCOMES + 3, MAILS])
 def test_a_slice_goes_back_with_its_last_outcomes_and_not_before(
     owing: tuple[Database, int, Claim], outcomes: int

@@ -23,6 +23,7 @@ from tests.test_delivery import Clock, states, vendor, working
 from worker import feeding, rescue
 from worker.app import App, Engine, telling_workers
 from worker.broker import HardenedRedisBroker, enqueue, make_broker, redis_client
+from worker.intake import Refused
 from worker.ledger import Lane
 from worker.schema import pauses, slices
 from worker.waking import CHANNEL, DUE, PLAN, QUEUED, WORDS, Bell, Listener
@@ -404,6 +405,58 @@ def test_what_a_process_took_and_did_not_begin_is_sent_by_the_next(tmp_path: Pat
         with working(app) as engine:
             assert engine.until_idle(seconds=20)
         assert states(app) == {"accepted": 1}
+
+
+@pytest.mark.parametrize("kind", ["file.failed", "invoice.issued"])
+def test_what_was_claimed_with_its_event_and_never_begun_is_sent_once_by_the_next(
+    tmp_path: Path, server: SmtpServer, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    with vendor(tmp_path, server) as app:
+        publish(app, event("file.failed", id="first"), event("invoice.issued", id="other"))  # its verdicts are known
+        with working(app) as engine:
+            assert engine.until_idle(seconds=20)
+            monkeypatch.setattr(Engine, "send", lambda *_: None)  # as if it died with the commit
+            publish(app, event(kind))
+            with app.database.read() as connection:
+                claimed = connection.execute(select(slices.c.owner).where(slices.c.done_at.is_(None))).scalars().all()
+            assert claimed == [engine.number]
+            time.sleep(0.1)
+            assert len(server.accepted) == 2
+        monkeypatch.undo()
+        with working(app) as engine:
+            assert engine.until_idle(seconds=20)
+        assert states(app, 3) == {"accepted": 1}
+        assert len(server.accepted) == 3
+
+
+def test_a_batch_that_is_refused_after_a_claim_leaves_no_claim(tmp_path: Path, server: SmtpServer) -> None:
+    with vendor(tmp_path, server) as app, working(app) as engine:
+        for _ in range(20):
+            with pytest.raises(Refused):
+                publish(app, event("file.failed"), event("file.failed", id="bad", account="nobody"))
+        assert engine._in_hand == set()
+        publish(app, event("file.failed"))
+        assert engine.until_idle(seconds=20)
+        assert engine._in_hand == set()
+    assert len(server.accepted) == 1
+
+
+def test_small_events_of_many_publishers_are_each_sent_once(tmp_path: Path, server: SmtpServer) -> None:
+    with vendor(tmp_path, server) as app, working(app) as engine:
+
+        def some(publisher: int) -> None:
+            for number in range(25):
+                kind = ("file.failed", "invoice.issued")[number % 2]
+                publish(app, event(kind, id=f"{publisher} {number}"))
+
+        publishers = [threading.Thread(target=some, args=(number,)) for number in range(4)]
+        for one in publishers:
+            one.start()
+        for one in publishers:
+            one.join(60)
+        assert engine.until_idle(seconds=30)
+        assert engine._in_hand == set()
+    assert len(server.accepted) == 100
 
 
 def test_on_a_shared_queue_it_is_sent_by_another(tmp_path: Path, redis_url: str, server: SmtpServer) -> None:

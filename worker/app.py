@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,10 +26,11 @@ from sqlalchemy import Connection, select
 from subscriptions import directory, schema
 from subscriptions.catalogue import Catalogue, CatalogueError, load_catalogues
 from subscriptions.database import STALL_SECONDS, Clock, Database, DatabaseUnusable
+from subscriptions.directory import Known
 from worker import actors, feeding, leases, logs, migrate, notices, restore
 from worker.broker import QUEUES, HardenedRedisBroker, Loop, make_broker, redis_client
-from worker.delivery import Sender
-from worker.fanout import Planner
+from worker.delivery import Sender, Taken
+from worker.fanout import EventRow, Planner, Planning
 from worker.heartbeat import Heartbeat
 from worker.intake import Intake
 from worker.ledger import Lane
@@ -350,13 +351,36 @@ class Engine:
         if PLAN in words or any(DUE[lane] in words for lane in self.lanes):
             self.wake()
 
+    def take(
+        self, planning: Planning, event: EventRow, *, mails: int, guard: int, known: Known | None, now: int
+    ) -> Taken | None:
+        """Claim a new event's mails where there is room (see `intake.Hands`).
+
+        Before the commit nobody else sees the claim; from then on it must be known to be worked on.
+        """
+        if self._sender is None or not self.room(planning.connection, event.lane, event.class_, now=now):
+            return None
+        taken = self._sender.take_new(planning, event, mails=mails, guard=guard, known=known)
+        if taken is not None:
+            self._in_hand.add(taken.slice_id)
+        return taken
+
+    def send(self, taken: Sequence[Taken]) -> None:
+        """Send what was taken; what the loop does not begin any more is freed at the end of this process."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._begin_taken, taken)
+
+    def forget(self, taken: Sequence[Taken]) -> None:
+        """What was taken is not known to be committed: where it is after all, `rescue` frees it."""
+        self._in_hand.difference_update([one.slice_id for one in taken])
+
     def room(self, connection: Connection, lane: Lane, class_: str, *, now: int) -> bool:
-        """Whether a slice may be begun without the queue (see `intake.Hands`)."""
-        return (
-            lane in self.lanes
-            and self.may_send()
-            and feeding.room_at_once(connection, lane, class_, width=self._wide[lane], now=now)
-        )
+        """Whether a slice may be begun without the queue."""
+        if lane not in self.lanes or not self.may_send():
+            return False
+        ending = self._sender.settler.ending[lane] if self._sender is not None else 0
+        return feeding.room_at_once(connection, lane, class_, width=self._wide[lane] + ending, now=now)
 
     def deliver(self, slice_ids: Sequence[int]) -> None:
         """Begin slices that are marked as queued; one that can't be begun any more is queued again by `rescue`."""
@@ -368,18 +392,29 @@ class Engine:
         if not self.may_send():
             return
         for slice_id in slice_ids:
-            task = asyncio.create_task(self._deliver(slice_id))
-            self._direct.add(task)
-            task.add_done_callback(self._direct.discard)
+            self._keep(asyncio.create_task(self._deliver(slice_id)))
+
+    def _begin_taken(self, taken: Sequence[Taken]) -> None:
+        assert self._sender is not None
+        for one in taken:
+            self._keep(asyncio.create_task(self._work(one.slice_id, self._sender.deliver_taken(one, alone=False))))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._direct.add(task)
+        task.add_done_callback(self._direct.discard)
 
     async def _deliver(self, slice_id: int) -> None:
         assert self._sender is not None
         if slice_id in self._in_hand:  # a second message for the same slice
             return
         self._in_hand.add(slice_id)
+        await self._work(slice_id, self._sender.deliver(slice_id))
+
+    async def _work(self, slice_id: int, delivering: Coroutine[Any, Any, None]) -> None:
+        """Deliver a slice that is in hand."""
         self._worked = True
         try:
-            await self._sender.deliver(slice_id)
+            await delivering
         except DatabaseUnusable as error:  # nothing was begun; a claim that was made after all is found and freed
             logger.warning("database.unusable", why=str(error), what_next="the slice is queued again")
         finally:

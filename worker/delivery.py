@@ -28,11 +28,12 @@ from sqlalchemy import Connection, insert, select, update
 from subscriptions import directory
 from subscriptions.audience import resolve
 from subscriptions.database import Clock, Database, DatabaseUnusable, insert_into
+from subscriptions.directory import Known
 from subscriptions.schema import accounts as accounts_table
 from worker import ledger, logs
-from worker.fanout import EventRow, Planner, event_facts, event_row
+from worker.fanout import EventRow, Planner, Planning, event_facts, event_row, planned_now
 from worker.ledger import HOLD_CLASS, NEVER, Claim, Settlement, Status
-from worker.mails import Composer, Due, GroundRow, People, Shape, gather, numbered
+from worker.mails import Composer, Due, GroundRow, People, Shape, as_planned, gather, numbered
 from worker.paces import SECOND, Paces, Rest, flight_size
 from worker.relay import About, Envelope, Kind, Outcome, Relay, RelayError, Relays
 from worker.renditions import Press, Told
@@ -95,6 +96,19 @@ class Flight:
     put_off: Mapping[int, tuple[str, int]]  # those that their domain lets wait: why, and until when
 
 
+@dataclass(slots=True)
+class Taken:
+    """A claimed slice, and what its first flight came to where that was begun with the claim."""
+
+    work: Work
+    first: Flight | Rest | None
+
+    @property
+    def slice_id(self) -> int:
+        """The slice's number."""
+        return self.work.claim.slice_id
+
+
 def _domain(due: Due, people: People) -> str:
     contact = people.contacts.get(due.grounds[0].contact)
     return contact.address.rpartition("@")[2] if contact is not None else ""
@@ -132,9 +146,32 @@ class Sender:
             return
         relays = self._ready_relays()
         taken = await self.writer.run(partial(self._take, slice_id=slice_id, relays=relays))
-        if taken is None:
-            return
-        work, first = taken
+        if taken is not None:
+            await self.deliver_taken(taken)
+
+    def take_new(
+        self, planning: Planning, event: EventRow, *, mails: int, guard: int, known: Known | None
+    ) -> Taken | None:
+        """Claim a new event's mails, the last that were planned, and begin the first flight, before the commit.
+
+        `guard` is the one that stood before its facts were read, `known` its account where that was read with its
+        people. None where a relay does not work: its mails take the usual way. May be called on any thread; after the
+        commit `deliver_taken` goes on.
+        """
+        relays, connection = self.relays.all, planning.connection
+        if not all(relay.works for relay in relays):
+            return None
+        claim = ledger.claim_new(connection, event.id, event.lane, self.worker, mails=mails, now=self.clock())
+        work = Work(claim, event, [], People({}, {}, {}), {}, guard)
+        # A verdict's shape that is new has a number only if this is committed: who remembers numbers must not see it.
+        if known is None or mails > FLIGHT or planning.new_shapes:
+            return Taken(work, None)
+        self._see(connection, work, *as_planned(connection, event, planned_now(planning), known, self._shapes))
+        return Taken(work, self._begin(connection, work=work, relays=relays) if work.dues else None)
+
+    async def deliver_taken(self, taken: Taken, *, alone: bool = True) -> None:
+        """Deliver what a claimed slice owes. Not `alone`: its last commit may wait for those of others like it."""
+        work, first = taken.work, taken.first
         try:
             if not work.looked:
                 first = await self._first(work)
@@ -144,12 +181,13 @@ class Sender:
             await self._postpone(work, self.clock() + SECOND, fault=False)
             return
         except Exception as error:
-            logger.exception("slice.failed", slice=slice_id, why=str(error), tried_again_in_seconds=FAULT_SECONDS)
+            number = work.claim.slice_id
+            logger.exception("slice.failed", slice=number, why=str(error), tried_again_in_seconds=FAULT_SECONDS)
             await self._postpone(work, self.clock() + FAULT_SECONDS * SECOND, fault=True)
             return
         if rest is not None:
             await self._postpone(work, rest.until, fault=False)
-        elif await self.settler.finish(work.claim, now=self.clock()):
+        elif await self.settler.finish(work.claim, now=self.clock(), at_once=alone or work.hold):
             logger.info("event.done", event_id=work.event.ulid)
 
     def _ready_relays(self) -> tuple[Relay, ...]:
@@ -177,9 +215,7 @@ class Sender:
 
     # ------------------------------------------------------------ claim
 
-    def _take(
-        self, connection: Connection, *, slice_id: int, relays: Sequence[Relay]
-    ) -> tuple[Work, Flight | Rest | None] | None:
+    def _take(self, connection: Connection, *, slice_id: int, relays: Sequence[Relay]) -> Taken | None:
         """Claim a slice, and begin the first flight of a small one; None where another has it, or it is done."""
         claim = ledger.claim(connection, slice_id, self.worker, now=self.clock())
         if claim is None:
@@ -187,9 +223,9 @@ class Sender:
         event, guard_at_plan = self._event(connection, claim.event_id)
         work = Work(claim, event, [], People({}, {}, {}), {}, guard_at_plan)
         if claim.last_n - claim.first_n >= FLIGHT:
-            return work, None
+            return Taken(work, None)
         self._look(connection, work, *ledger.owed(claim), guard=ledger.guard(connection))
-        return work, (self._begin(connection, work=work, relays=relays) if work.dues else None)
+        return Taken(work, self._begin(connection, work=work, relays=relays) if work.dues else None)
 
     async def _first(self, work: Work) -> Flight | Rest | None:
         """Gather what a large slice owes, which keeps no writer waiting, and begin its first flight."""
@@ -235,11 +271,15 @@ class Sender:
 
         A delivery keeps the grounds that still stand, and goes out while there is one (design, principle 3).
         """
-        work.dues, work.people = gather(connection, work.event, condition, values, self._shapes)
-        work.withdrawn, work.looked = {}, True
-        if guard != work.guard or self._an_account_is_paused(connection, work.people):
-            self._check(connection, work)
+        dues, people = gather(connection, work.event, condition, values, self._shapes)
+        self._see(connection, work, dues, people, moved=guard != work.guard)
         work.guard = guard
+
+    def _see(self, connection: Connection, work: Work, dues: list[Due], people: People, *, moved: bool = False) -> None:
+        """Take these for what a slice owes; where the guard `moved`, find those that may not be sent any more."""
+        work.dues, work.people, work.withdrawn, work.looked = dues, people, {}, True
+        if moved or self._an_account_is_paused(connection, people):
+            self._check(connection, work)
         if self._may_keep_back(work.event):
             for due in work.dues:
                 kept_back = self._kept_back(work.event, due, work.people) if due.n not in work.withdrawn else None
@@ -662,7 +702,7 @@ class _Mails:
         if work.hold:
             envelope.before_dot = partial(self._mark, due)
         for one in sender.press.told():
-            sender.writer.submit(partial(_keep_rendition, made=one))
+            sender.settler.besides(partial(_keep_rendition, made=one))
         return envelope
 
     async def _mark(self, due: Due) -> bool:

@@ -184,6 +184,7 @@ class Planning:
     connection: Connection
     new_shapes: dict[Shape, int] = field(default_factory=dict)
     new_versions: dict[str, int] = field(default_factory=dict)
+    stored: Sequence[tuple[Any, ...]] = ()  # the last rows of `deliveries`
 
     def keep(self) -> None:
         """After the commit: what was interned is known from now on."""
@@ -242,6 +243,7 @@ class Planning:
                 state = _PLANNED
             fresh.append((event_id, next_n, mailbox, account, contact, shape, *state))
             next_n += 1
+        self.stored = fresh
         insert_rows(self.connection, verdicts, _VERDICT, rows.verdicts)
         insert_rows(self.connection, deliveries, _DELIVERY, fresh)
         insert_rows(self.connection, more_grounds, _GROUND, further)
@@ -294,6 +296,11 @@ _DELIVERY = (
 )  # fmt: skip
 _GROUND = ("event_id", "n", "account_id", "contact_id", "shape_id")
 _PLANNED = (int(Status.PLANNED), None, None)
+
+
+def planned_now(planning: Planning) -> list[tuple[int, int, int, int, int]]:
+    """The deliveries that were stored last and may leave: number, mailbox, account, contact, shape."""
+    return [row[1:6] for row in planning.stored if row[6:] == _PLANNED]
 
 
 def shape_text(shape: Shape) -> str:

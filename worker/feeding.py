@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, func, insert, or_, select, true, update
+from sqlalchemy import ColumnElement, Connection, Select, bindparam, func, insert, or_, select, text, true, update
 
 from subscriptions.directory import among
 from worker import ledger
@@ -40,41 +40,19 @@ def make_slices(
     )
 
 
-def make_queued_slice(connection: Connection, event_id: int, lane: Lane, *, mails: int, now: int) -> int:
-    """One slice of all deliveries of an event, marked as queued, for whoever has it in hand; returns its number."""
-    values = {"event_id": event_id, "lane": int(lane), "last_n": mails, "due_at": now, "queued_at": now}
-    return int(connection.execute(_QUEUED_SLICE, values).scalar_one())
-
-
-_QUEUED_SLICE = (
-    insert(slices)
-    .values(
-        event_id=bindparam("event_id"),
-        lane=bindparam("lane"),
-        first_n=1,
-        last_n=bindparam("last_n"),
-        due_at=bindparam("due_at"),
-        queued_at=bindparam("queued_at"),
-    )
-    .returning(slices.c.id)
-)
-
-
 def room_at_once(connection: Connection, lane: Lane, class_: str, *, width: int, now: int) -> bool:
     """Whether a new slice may be begun without the queue: fewer than `width` are at work, nobody waits, no pause."""
-    at_work = connection.execute(_UNDONE, {"lane": int(lane), "now": now, "width": width}).all()
-    if len(at_work) >= width or any(queued_at is None for (queued_at,) in at_work):
-        return False
-    return connection.execute(_PAUSE, {"class_": class_}).first() is None
+    asked = {"lane": int(lane), "now": now, "width": width, "class_": class_}
+    undone, queued, pauses = connection.execute(_AT_WORK, asked).one()
+    return bool(undone < width and undone == queued and not pauses)
 
 
-_UNDONE = (
-    select(slices.c.queued_at)
-    .where(slices.c.lane == bindparam("lane"), slices.c.done_at.is_(None), slices.c.due_at <= bindparam("now"))
-    .limit(bindparam("width"))
-)
-_PAUSE = select(pauses.c.at).where(
-    or_(pauses.c.scope == "all", and_(pauses.c.scope == "class", pauses.c.value == bindparam("class_")))
+_AT_WORK = text(
+    """
+    SELECT count(*), count(queued_at),
+      (SELECT count(*) FROM pauses WHERE scope = 'all' OR (scope = 'class' AND value = :class_))
+    FROM (SELECT queued_at FROM slices WHERE lane = :lane AND done_at IS NULL AND due_at <= :now LIMIT :width) undone
+    """
 )
 
 

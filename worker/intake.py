@@ -3,8 +3,8 @@
 (source, id) is unique in the database, so that concurrent publishers of one fact cannot both be first: a row is
 inserted as it is to stand, and only who finds one there looks at what it says. The same pair again is a duplicate where
 the content is equal (RFC 8785 of type, subject, dataschema and data), and a conflict otherwise. An event for one
-account is resolved and planned in the same transaction; where this process works and has room, its slice goes straight
-to the loop after the commit. A batch is all or nothing: one fault refuses it, 400 before 422 before 409.
+account is resolved and planned in the same transaction; where this process works and has room, its slice is claimed
+there too, and sent after the commit. A batch is all or nothing: one fault refuses it, 400 before 422 before 409.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from subscriptions import directory
 from subscriptions.audience import AccountFacts, Verdicts, resolve
 from subscriptions.database import Clock, Database, DatabaseUnusable
+from subscriptions.directory import Known
 from subscriptions.schema import account_products, accounts, installation
 from worker import fanout, feeding, ledger, logs, waking
+from worker.delivery import Taken
 from worker.events import Event, content
 from worker.fanout import EventRow, Planner, Planning, event_facts, event_row
 from worker.ledger import Lane
@@ -89,11 +91,20 @@ class _Fault(Exception):  # noqa: N818 - carries one Refusal out of a deeper ste
 class Hands(Protocol):
     """What works in this process, as it is offered a slice in the transaction that makes it."""
 
-    def room(self, connection: Connection, lane: Lane, class_: str, *, now: int) -> bool:
-        """Whether a slice of mail of that class may be begun now: whoever waits for the lane comes first."""
+    def take(
+        self, planning: Planning, event: EventRow, *, mails: int, guard: int, known: Known | None, now: int
+    ) -> Taken | None:
+        """Claim the mails of a new event, the last that was planned; None where they must wait: others come first.
 
-    def deliver(self, slice_ids: Sequence[int]) -> None:
-        """Begin these slices, which are committed, marked as queued and stand in no queue; returns at once."""
+        `guard` is the one that stood before its facts were read, `known` its account where that was read with its
+        people. What was taken is handed back by one of the others.
+        """
+
+    def send(self, taken: Sequence[Taken]) -> None:
+        """What was taken is committed: it is sent. Returns at once."""
+
+    def forget(self, taken: Sequence[Taken]) -> None:
+        """What was taken came to nothing, or nobody knows."""
 
 
 @dataclass(slots=True)
@@ -116,12 +127,18 @@ class Intake:
         shortage = self.database.shortage()
         if shortage is not None:
             raise DatabaseUnusable(shortage)
-        with self.database.write() as connection:
-            planning = self.planner.start(connection)
-            accepting = self._begin(planning, batch, publisher)
-            answers = self._accept_all(accepting, batch)
-        if self.hands is not None and accepting.direct:
-            self.hands.deliver(accepting.direct)
+        hands, taken = self.hands, list[Taken]()
+        try:
+            with self.database.write() as connection:
+                planning = self.planner.start(connection)
+                accepting = self._begin(planning, batch, publisher, hands, taken)
+                answers = self._accept_all(accepting, batch)
+        except BaseException:
+            if hands is not None and taken:
+                hands.forget(taken)
+            raise
+        if hands is not None and taken:
+            hands.send(taken)
         if accepting.due:
             self.wake(accepting.due)
         planning.keep()
@@ -176,16 +193,26 @@ class Intake:
             raise Refused(faults)
         return answers
 
-    def _begin(self, planning: Planning, batch: Sequence[Event], publisher: Publisher) -> _Accepting:
+    def _begin(
+        self,
+        planning: Planning,
+        batch: Sequence[Event],
+        publisher: Publisher,
+        hands: Hands | None,
+        taken: list[Taken],
+    ) -> _Accepting:
         """Read once what all events of a call need: the guard before the facts, so that what moves later is seen."""
         connection, catalogues = planning.connection, self.planner.catalogues
         key, guard = connection.execute(_INSTALLATION).one()
         names = list(dict.fromkeys(event.account for event in batch if event.account is not None))
+        known = None
         if len(names) > 1:
             facts = directory.facts(connection, catalogues, only=names, limit=len(names))
         else:
-            facts = [one for name in names if (one := directory.account(connection, catalogues, name)) is not None]
-        return _Accepting(planning, publisher, self.clock(), bytes(key), guard, {one.id: one for one in facts})
+            known = directory.known(connection, catalogues, names[0]) if names else None
+            facts = [known.facts] if known is not None else []
+        by_id = {one.id: one for one in facts}
+        return _Accepting(planning, publisher, self.clock(), bytes(key), guard, by_id, known, hands, taken)
 
     def _accept(self, accepting: _Accepting, event: Event) -> Accepted:
         """Resolve an event, then write its row once, as it is to stand; who comes second finds it there."""
@@ -227,14 +254,15 @@ class Intake:
         )
 
     def _make_slices(self, accepting: _Accepting, event: EventRow, mails: int) -> None:
-        """The slices of a planned event; a single one goes straight to this process's loop, where there is room."""
-        connection, now, hands = accepting.planning.connection, accepting.now, self.hands
-        single = mails <= ledger.SLICE_SIZE
-        if single and hands is not None and hands.room(connection, event.lane, event.class_, now=now):
-            accepting.direct.append(feeding.make_queued_slice(connection, event.id, event.lane, mails=mails, now=now))
-        else:
-            feeding.make_slices(connection, event.id, event.lane, first_n=1, last_n=mails, due_at=now)
-            accepting.due.add(waking.DUE[event.lane])
+        """The slices of a planned event; a single one is taken by what works in this process, where there is room."""
+        planning, now, hands = accepting.planning, accepting.now, accepting.hands
+        if hands is not None and mails <= ledger.SLICE_SIZE:
+            taken = hands.take(planning, event, mails=mails, guard=accepting.guard, known=accepting.known, now=now)
+            if taken is not None:
+                accepting.taken.append(taken)
+                return
+        feeding.make_slices(planning.connection, event.id, event.lane, first_n=1, last_n=mails, due_at=now)
+        accepting.due.add(waking.DUE[event.lane])
 
     def _resolve(self, accepting: _Accepting, event: Event) -> _Resolved:
         """Who gets an event for one account; which accounts a list names. Raises `_Fault`."""
@@ -397,7 +425,9 @@ class _Accepting:
     key: bytes  # the installation's
     guard: int  # as it stood before the facts were read
     accounts: Mapping[str, AccountFacts]  # those that the events are for, by id
-    direct: list[int] = field(default_factory=list)  # slices that go to this process's loop after the commit
+    known: Known | None  # where they are for one account: the names of its people too
+    hands: Hands | None
+    taken: list[Taken]  # by the hands
     due: set[str] = field(default_factory=set)  # what the workers are told after the commit
 
 
@@ -434,7 +464,7 @@ def _stored(values: Mapping[str, Any], event: Event, number: int) -> EventRow:
         id=number,
         class_=values["class"],
         lane=Lane(values["lane"]),
-        routing={},
+        routing=json.loads(values["routing"]),
         data=event.data,
         **{name: values[name] for name in _AS_WRITTEN},
     )

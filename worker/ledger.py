@@ -137,6 +137,21 @@ _CLAIM = (
 )
 
 
+def claim_new(connection: Connection, event_id: int, lane: Lane, worker: int, *, mails: int, now: int) -> Claim:
+    """One slice of all deliveries of a new event, made and taken in the transaction that accepts it."""
+    values = {"event_id": event_id, "lane": int(lane), "last_n": mails, "now": now, "w": worker}
+    number = int(connection.execute(_CLAIM_NEW, values).scalar_one())
+    return Claim(number, event_id, lane, 1, 1, mails, None)
+
+
+_CLAIM_NEW = text(
+    """
+    INSERT INTO slices (event_id, lane, first_n, last_n, due_at, queued_at, owner, epoch)
+    VALUES (:event_id, :lane, 1, :last_n, :now, :now, :w, 1) RETURNING id
+    """
+)
+
+
 def begin(connection: Connection, taken: Claim, worker: int, members: Sequence[int], *, now: int) -> tuple[int, int]:
     """Name the mails that are about to leave: (flight, guard); both 0 where the claim was lost."""
     named = {"members": json.dumps(list(members)), "begun": now}
@@ -186,8 +201,10 @@ def settle(connection: Connection, worker: int, settlements: Sequence[Settlement
     recorded (it stops a copy not yet begun, and overrides what was held as unknown or withdrawn in flight), everything
     else is left to the new owner.
     """
-    others = {(one.slice_id, one.epoch) for one in settlements if one.status is not Status.ACCEPTED}
-    held = _held(connection, others, worker) if others else others
+    # An acceptance is recorded whoever has the claim; on PostgreSQL slices are locked before their mails all the same.
+    locks = connection.dialect.name != "sqlite"
+    asked = {(one.slice_id, one.epoch) for one in settlements if locks or one.status is not Status.ACCEPTED}
+    held = _held(connection, asked, worker) if asked else set()
     groups: dict[tuple[Any, ...], list[Settlement]] = {}
     for one in settlements:
         if one.status is Status.ACCEPTED or (one.slice_id, one.epoch) in held:
@@ -303,11 +320,16 @@ def finish(connection: Connection, taken: Claim, worker: int, *, now: int) -> bo
 
     Returns whether its event ended with it: nothing is left that the machine does by itself.
     """
-    condition, values = owed(taken)
-    rest = f"FROM (SELECT n FROM deliveries d WHERE event_id = :event AND {condition} LIMIT 1) d"  # noqa: S608 - our own
-    [left] = read_columns(connection, ("n",), rest, event=taken.event_id, **values)
     mine = {"s": taken.slice_id, "w": worker, "p": taken.epoch}
-    given = connection.execute(_GIVE_BACK, mine | {"now": None if left else now}).rowcount
+    if taken.members is None:
+        row = connection.execute(_GIVE_BACK_RANGE, mine | {"now": now}).one_or_none()
+        given, left = row is not None, row is not None and row.done_at is None
+    else:
+        condition, values = owed(taken)
+        rest = f"FROM (SELECT n FROM deliveries d WHERE event_id = :event AND {condition} LIMIT 1) d"  # noqa: S608 - our own
+        [some] = read_columns(connection, ("n",), rest, event=taken.event_id, **values)
+        left = bool(some)
+        given = connection.execute(_GIVE_BACK, mine | {"now": None if left else now}).rowcount == 1
     if not given:
         return False
     # A flight whose commit was answered by nobody was begun again: its first row names nothing that is open.
@@ -317,6 +339,14 @@ def finish(connection: Connection, taken: Claim, worker: int, *, now: int) -> bo
 
 _MINE = (slices.c.id == bindparam("s"), slices.c.owner == bindparam("w"), slices.c.epoch == bindparam("p"))
 _GIVE_BACK = update(slices).where(*_MINE).values(owner=None, queued_at=None, done_at=bindparam("now", type_=BigInteger))
+_GIVE_BACK_RANGE = text(
+    """
+    UPDATE slices SET owner = NULL, queued_at = NULL, done_at = CASE WHEN EXISTS (
+      SELECT 1 FROM deliveries d WHERE d.event_id = slices.event_id AND d.n BETWEEN slices.first_n AND slices.last_n
+      AND d.retry_slice IS NULL AND d.status = 0 AND d.due_at IS NULL) THEN NULL ELSE CAST(:now AS bigint) END
+    WHERE id = :s AND owner = :w AND epoch = :p RETURNING done_at
+    """
+)
 _FORGET_FLIGHTS = delete(flights).where(flights.c.slice_id == bindparam("s"), flights.c.epoch == bindparam("p"))
 
 

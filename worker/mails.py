@@ -19,7 +19,7 @@ from sqlalchemy import Connection, select
 from subscriptions import directory
 from subscriptions.bulk import read_columns
 from subscriptions.catalogue import Catalogue
-from subscriptions.directory import ContactRow
+from subscriptions.directory import ContactRow, Known
 from worker.fanout import EventRow
 from worker.links import Links, Named, contact_identity, delivery_identity, named_contact
 from worker.rendering import Ground, Mail, Variant, list_label, shown_account, shown_name
@@ -141,6 +141,33 @@ def gather(
         first_ground = GroundRow(row[_ACCOUNT], row[_CONTACT], shapes[row[_SHAPE]])
         grounds = (first_ground, *further[n]) if n in further else (first_ground,)
         dues.append(Due(n, mailbox, bytes.fromhex(key), attempts, first_flight_at, grounds, reason))
+    members = directory.contacts_of(connection, accounts) if event.category == "approval_request" else {}
+    return dues, People(contacts, accounts, members)
+
+
+def as_planned(
+    connection: Connection,
+    event: EventRow,
+    planned: Sequence[tuple[int, int, int, int, int]],
+    known: Known,
+    shapes: dict[int, Shape],
+) -> tuple[list[Due], People]:
+    """What `gather` finds of an event for one account that was planned a moment ago, out of what planned it.
+
+    `planned` is its deliveries as `fanout.planned_now` gives them.
+    """
+    _learn_shapes(connection, {shape for *_, shape in planned} - shapes.keys(), shapes)
+    facts = {one.number: one for one in known.facts.contacts}
+    dues, contacts = [], {}
+    for n, mailbox, account, contact, shape in planned:
+        name, email, locale, timezone, key = known.people[contact]
+        one = facts[contact]
+        contacts[contact] = Addressee(
+            contact, account, one.id, name, email, one.email, mailbox, locale, timezone, removed=False
+        )
+        ground = GroundRow(account, contact, shapes[shape])
+        dues.append(Due(n, mailbox, bytes.fromhex(key), 0, None, (ground,)))
+    accounts = {known.facts.number: (known.facts.id, known.name, known.facts.catalogue)}
     members = directory.contacts_of(connection, accounts) if event.category == "approval_request" else {}
     return dues, People(contacts, accounts, members)
 

@@ -240,6 +240,11 @@ class Relay:
         """Whether it may be tried now."""
         return not self.paused and self._breaker.ready
 
+    @property
+    def works(self) -> bool:
+        """Whether nothing keeps it from being tried; it may be asked on any thread."""
+        return not self.paused and not self._breaker.openings
+
     async def send(
         self,
         envelopes: Iterable[Envelope],

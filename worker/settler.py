@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 
 from sqlalchemy import Connection
 
 from worker import destinations, ledger, logs
 from worker.destinations import Destinations, Wait
-from worker.ledger import Claim, Settlement
+from worker.ledger import Claim, Lane, Settlement
 from worker.writer import Writer
 
 logger = logs.get(__name__)
@@ -51,6 +52,7 @@ class Settler:
     destinations: Destinations = field(default_factory=Destinations)
     _pending: list[Settlement] = field(default_factory=list)
     _finishes: list[Finish] = field(default_factory=list)
+    _besides: list[Callable[[Connection], None]] = field(default_factory=list)
     _flights: dict[int, int] = field(default_factory=dict)  # flight -> mails not yet settled
     _unrecorded: Counter[int] = field(default_factory=Counter)  # slice -> outcomes that are being committed
     _waiting: dict[int, asyncio.Event] = field(default_factory=dict)  # slice -> who waits until there are none
@@ -60,6 +62,7 @@ class Settler:
     _uncommitted: int = 0  # outcomes in these batches
     _committed_some: asyncio.Event = field(default_factory=asyncio.Event)
     in_air: int = 0  # mails that were made for a relay and are not answered
+    ending: Counter[Lane] = field(default_factory=Counter)  # slices that only wait for their last commit
 
     # ------------------------------------------------------------ the gate of the relays
 
@@ -100,20 +103,33 @@ class Settler:
         elif len(pending) >= SETTLE_OUTCOMES:
             self.flush()
 
+    def besides(self, work: Callable[[Connection], None]) -> None:
+        """Something that may wait until the next outcomes are committed, and is committed with them."""
+        self._besides.append(work)
+
     async def recorded(self, slice_id: int) -> None:
         """Wait until every outcome of a slice is committed: a slice given back before would be sent again."""
         self.flush()
         if slice_id in self._unrecorded:
             await self._waiting.setdefault(slice_id, asyncio.Event()).wait()
 
-    async def finish(self, claim: Claim, *, now: int) -> bool:
-        """Give a slice back together with its last outcomes, or once they are committed; whether its event ended."""
+    async def finish(self, claim: Claim, *, now: int, at_once: bool = True) -> bool:
+        """Give a slice back together with its last outcomes, or once they are committed; whether its event ended.
+
+        Not `at_once`: its outcomes wait for others as any do, so that small events that come one after the other are
+        settled together.
+        """
         if claim.slice_id in self._unrecorded:  # some are on their way: they may have to be tried again
             await self.recorded(claim.slice_id)
         finish = Finish(claim, now, asyncio.get_running_loop().create_future())
         self._finishes.append(finish)
-        self.flush()
-        return await finish.done
+        if at_once or self._timer is None:
+            self.flush()
+        self.ending[claim.lane] += 1
+        try:
+            return await finish.done
+        finally:
+            self.ending[claim.lane] -= 1
 
     def flush(self) -> None:
         """Commit what waits, now."""
@@ -122,6 +138,7 @@ class Settler:
             self._timer = None
         batch, self._pending = self._pending, []
         finishes, self._finishes = self._finishes, []
+        besides, self._besides = self._besides, []
         landed = []
         for flight_id, mails in Counter([one.flight_id for one in batch]).items():
             if flight_id in self._flights:
@@ -133,43 +150,52 @@ class Settler:
             self._unrecorded.update([one.slice_id for one in batch])
             self._committing[id(batch)] = self._since
             self._uncommitted += len(batch)
-        if batch or finishes:
-            self._submit(batch, landed, finishes, self.destinations.changes() if batch else {})
+        if batch or finishes or besides:
+            self._submit(batch, landed, finishes, besides, self.destinations.changes() if batch else {})
 
     def _submit(
         self,
         batch: Sequence[Settlement],
         landed: Sequence[int],
         finishes: Sequence[Finish],
+        besides: Sequence[Callable[[Connection], None]],
         learnt: Mapping[str, Wait | None],
     ) -> None:
+        # A slice that is given back forgets its flights by itself.
+        whole = {one.claim.slice_id for one in finishes}
+        whole_flights = {one.flight_id for one in batch if one.slice_id in whole}
+        open_ones = [flight_id for flight_id in landed if flight_id not in whole_flights]
+
         def record(connection: Connection) -> list[bool]:
             if batch:
                 ledger.settle(connection, self.worker, batch)
-                ledger.land(connection, landed)
+                ledger.land(connection, open_ones)
                 destinations.record(connection, learnt, now=batch[-1].at)
+            for work in besides:
+                work(connection)
             return [ledger.finish(connection, one.claim, self.worker, now=one.at) for one in finishes]
 
         loop = asyncio.get_running_loop()
+        again = partial(self._submit, batch, landed, finishes, besides, learnt)
 
         def done(future: Future[list[bool]]) -> None:
-            loop.call_soon_threadsafe(self._committed, batch, landed, finishes, learnt, future)
+            loop.call_soon_threadsafe(self._committed, batch, finishes, learnt, again, future)
 
         self.writer.submit(record).add_done_callback(done)
 
     def _committed(
         self,
         batch: Sequence[Settlement],
-        landed: Sequence[int],
         finishes: Sequence[Finish],
         learnt: Mapping[str, Wait | None],
+        again: Callable[[], None],
         future: Future[list[bool]],
     ) -> None:
         error = future.exception()
         if error is not None:
             # The mails have left: the result is kept and tried again, for as long as this process lives.
             logger.error("database.unusable", why=str(error), outcomes=len(batch), tried_again_in_seconds=1)
-            asyncio.get_running_loop().call_later(1.0, self._submit, batch, landed, finishes, learnt)
+            asyncio.get_running_loop().call_later(1.0, again)
             return
         self.destinations.written(learnt)
         if batch:
