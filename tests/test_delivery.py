@@ -21,7 +21,7 @@ from subscriptions.database import Database, system_clock
 from tests.databases import _named, _statement
 from tests.house import ACME, DAY, GLOBEX, event, house, import_accounts, publish
 from tests.smtpd import Act, SmtpServer, close, lose_the_reply, reply, reset
-from worker import decisions, feeding, leases, ledger, migrate
+from worker import decisions, fanout, feeding, leases, ledger, migrate
 from worker.app import AnotherWorks, App, Engine
 from worker.links import delivery_now, read_bounce
 from worker.schema import deliveries, domains, events, flights, paces, pauses, relay_days, slices
@@ -126,6 +126,30 @@ def test_a_promotional_mail_carries_one_click_unsubscribe(tmp_path: Path, server
         message = read(server.accepted[0].body)
         assert message["List-Unsubscribe"].startswith("<https://notify.vendor.example/unsubscribe/")
         assert message["List-Unsubscribe-Post"] == "List-Unsubscribe=One-Click"
+
+
+@pytest.mark.parametrize("done", [1, 35, 40])
+def test_of_a_large_slice_only_what_is_still_owed_is_sent(tmp_path: Path, server: SmtpServer, done: int) -> None:
+    """Its first flight is begun by numbers alone, before anybody has read what they stand for."""
+    many = [
+        {"id": f"a{n}", "name": f"Account {n}", "catalogue": "billtrust", "uses": ["invoicing"],
+         "contacts": [{"id": "p", "name": f"P{n}", "email": f"p{n}@a{n}.example", "roles": ["executive"]}]}
+        for n in range(40)
+    ]  # fmt: skip
+    with vendor(tmp_path, server, *many) as app:
+        publish(app, event("announcement.published", accounts="all"))
+        with app.database.write() as connection:
+            worker = leases.register(connection, host="test", pid=1, lanes=[ledger.Lane.BULK], now=app.clock())
+            taken = fanout.take_event(connection, worker, now=app.clock())
+        assert taken is not None
+        fanout.plan_event(app.database, app.planner, taken, worker, clock=app.clock, go_on=lambda: True)
+        with app.database.write() as connection:
+            settled = update(deliveries).where(deliveries.c.n <= done).values(status=int(ledger.Status.ACCEPTED))
+            connection.execute(settled)
+        run(app)
+        assert len(server.accepted) == 40 - done
+        assert rows(app, events.c.status) == [("done",)]
+        assert rows(app, flights) == []
 
 
 def test_an_outage_is_never_mailed(tmp_path: Path, server: SmtpServer) -> None:

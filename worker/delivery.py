@@ -2,8 +2,8 @@
 
 The path of a slice, in order:
 
-1. claim it; nobody else has it from then on. A small one is read and its first flight begun in the same transaction,
-   a large one is read outside of it, so that no writer waits
+1. claim it; nobody else has it from then on. Its first flight is begun in the same transaction where that can be; a
+   small one is read there, a large one outside of it, so that no writer waits
 2. per flight: choose a relay whose limits have room (`paces`), or let the slice rest until one has
 3. look at the guard; where it moved, check again who still may get it; leave domains alone that refuse (`destinations`)
 4. write each mail as its turn comes (`renditions`), and hand it over on one connection
@@ -32,7 +32,7 @@ from subscriptions.directory import Known
 from subscriptions.schema import accounts as accounts_table
 from worker import ledger, logs
 from worker.fanout import EventRow, Planner, Planning, event_facts, event_row, planned_now
-from worker.ledger import HOLD_CLASS, NEVER, Claim, Settlement, Status
+from worker.ledger import HOLD_CLASS, NEVER, SLICE_SIZE, Claim, Settlement, Status
 from worker.mails import Composer, Due, GroundRow, People, Shape, as_planned, gather, numbered
 from worker.paces import SECOND, Paces, Rest, flight_size
 from worker.relay import About, Envelope, Kind, Outcome, Relay, RelayError, Relays
@@ -51,8 +51,8 @@ logger = logs.get(__name__)
 
 FLIGHT = 32
 #: Mails that a flight has at first; before each flight everything that may have changed is looked at.
-LARGEST_FLIGHT = 256
-#: As many as are in flight at the most.
+LARGEST_FLIGHT = SLICE_SIZE
+#: With a quick relay; how many of them are in flight is limited by the settler.
 QUICK_SECONDS = 0.05
 #: Flights to a relay grow where one was sent faster, and shrink where it took four times as long.
 EVENTS = 16
@@ -94,6 +94,7 @@ class Flight:
     relay: Relay
     dues: Sequence[Due]
     put_off: Mapping[int, tuple[str, int]]  # those that their domain lets wait: why, and until when
+    last_n: int = 0  # the last number that it names, where its mails were not known when it began
 
 
 @dataclass(slots=True)
@@ -174,7 +175,7 @@ class Sender:
         work, first = taken.work, taken.first
         try:
             if not work.looked:
-                first = await self._first(work)
+                first = await self._first(work, first)
             rest = await self._flights(work, first)
         except DatabaseUnusable as error:
             logger.warning("database.unusable", why=str(error), tried_again_in_seconds=1)
@@ -223,12 +224,27 @@ class Sender:
         event, guard_at_plan = self._event(connection, claim.event_id)
         work = Work(claim, event, [], People({}, {}, {}), {}, guard_at_plan)
         if claim.last_n - claim.first_n >= FLIGHT:
-            return Taken(work, None)
+            return Taken(work, self._begin_unseen(connection, work, relays))
         self._look(connection, work, *ledger.owed(claim), guard=ledger.guard(connection))
         return Taken(work, self._begin(connection, work=work, relays=relays) if work.dues else None)
 
-    async def _first(self, work: Work) -> Flight | Rest | None:
-        """Gather what a large slice owes, which keeps no writer waiting, and begin its first flight."""
+    def _begin_unseen(self, connection: Connection, work: Work, relays: Sequence[Relay]) -> Flight | None:
+        """Begin the first flight of a large slice by its numbers alone, where no limit asks whose mails they are.
+
+        It saves a transaction. None where it can't be, or the slice was made of what is tried again.
+        """
+        claim, now, destinations = work.claim, self.clock(), self.settler.destinations
+        destinations.refresh(connection, now=now)
+        limited = not self.paces.unlimited(relays) or not destinations.calm
+        if limited or work.hold or claim.members is not None or not relays:
+            return None
+        last_n = min(claim.last_n, claim.first_n + self._sizes.get(relays[0].name, FLIGHT) - 1)
+        members = range(claim.first_n, last_n + 1)
+        flight_id, _ = ledger.begin(connection, claim, self.worker, members, now=now)
+        return Flight(flight_id, now, now, relays[0], [], {}, last_n)
+
+    async def _first(self, work: Work, begun: Flight | Rest | None) -> Flight | Rest | None:
+        """Gather what a large slice owes, which keeps no writer waiting, and begin its first flight if need be."""
 
         def look() -> None:
             with self.database.read() as connection:
@@ -237,6 +253,10 @@ class Sender:
         await asyncio.to_thread(look)
         if not work.dues:
             return None
+        if isinstance(begun, Flight):
+            begun.dues = [due for due in work.dues if due.n <= begun.last_n]
+            if begun.dues:
+                return begun
         return await self.writer.run(partial(self._begin, work=work, relays=self._ready_relays()))
 
     def _event(self, connection: Connection, number: int) -> tuple[EventRow, int]:

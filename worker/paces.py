@@ -60,6 +60,10 @@ class Paces:
     domain_rates: Mapping[str, float]
     _told: set[tuple[str, int]] = field(default_factory=set)  # (relay, day) that is known to be spent
 
+    def unlimited(self, relays: Sequence[Relay]) -> bool:
+        """Whether no limit is set that a flight to one of these relays would have to keep."""
+        return not self.domain_rates and not any(relay.settings.rate or relay.settings.daily for relay in relays)
+
     def choose(
         self, connection: Connection, relays: Sequence[Relay], *, among: int, lane: Lane, now: int
     ) -> Choice | Rest:
@@ -67,7 +71,7 @@ class Paces:
 
         Nothing is taken yet: `take` does that, in the same transaction.
         """
-        if self.domain_rates or any(relay.settings.rate or relay.settings.daily for relay in relays):
+        if not self.unlimited(relays):
             alone(connection)
         for relay in relays:
             room = self._room(connection, relay, now)
