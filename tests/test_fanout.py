@@ -208,6 +208,20 @@ def frozen(app: App, meanwhile: Callable[[], Any]) -> Frozen:
     return planner
 
 
+def test_a_worker_of_another_lane_leaves_an_event_to_others_until_it_has_waited(
+    database: Database, tmp_path: Path
+) -> None:
+    app = app_on(database, tmp_path)
+    import_accounts(app, [account(1, person("p1", "executive"))])
+    publish(app, event("announcement.published", accounts="all"))
+    with database.write() as connection:
+        accepted_at = connection.execute(select(events.c.accepted_at)).scalar_one()
+        for late, waits in ((499_999, False), (500_000, True)):
+            now = accepted_at + late
+            assert feeding.waits_for_plan(connection, now=now, waited=500_000) is waits
+            assert (take_event(connection, WORKER, now=now, waited=500_000) is not None) is waits
+
+
 def test_a_page_that_another_planner_wrote_meanwhile_is_not_written_again(database: Database, tmp_path: Path) -> None:
     app = app_on(database, tmp_path)
     import_accounts(app, [account(n, person(f"p{n}", "executive")) for n in range(5)])

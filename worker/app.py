@@ -56,6 +56,9 @@ IDLE_MILLISECONDS = {True: 100, False: 500}
 #: How often an idle thread looks whether it is to end: with a queue of our own, and on Redis.
 COLLECT_AFTER = (20_000, 20, 50)
 #: Pages of accounts are many objects without cycles: Python's 700 would look through them again and again.
+PLAN_PATIENCE = 500_000
+#: Microseconds for which a process that does not serve the normal lane leaves planning to one that does: those of the
+#: bulk lane are busy with sending, and those of the urgent lane are to have nothing else to do.
 STOP_SECONDS = 25
 #: How long a stop waits for the flights in hand: less than a container's grace of 30.
 
@@ -271,6 +274,7 @@ class Engine:
             deliver=self.deliver,
             tell=self._tell,
             sends=bool(settings.relay_urls),
+            patience=0 if Lane.NORMAL in self.lanes else PLAN_PATIENCE,
         )
         self.app.intake.wake = self._accepted
         if settings.relay_urls:

@@ -335,12 +335,16 @@ def unpack(packed: bytes) -> list[tuple[int, int]]:
 # ---------------------------------------------------------------- broadcasts, page by page
 
 
-def take_event(connection: Connection, worker: int, *, now: int) -> EventRow | None:
-    """Take over the planning of an event that waits for it: accepted and due, or left by a vanished worker."""
+def take_event(connection: Connection, worker: int, *, now: int, waited: int = 0) -> EventRow | None:
+    """Take over the planning of an event that waits for it: accepted and due, or left by a vanished worker.
+
+    With `waited` only one that was accepted so many microseconds ago.
+    """
     row = connection.execute(
         select(events)
         .where(events.c.status.in_(["accepted", "planning"]), events.c.plan_owner.is_(None))
         .where((events.c.not_before.is_(None)) | (events.c.not_before <= now))
+        .where(events.c.accepted_at <= (now - waited if waited else ledger.NEVER))
         .order_by(events.c.lane, events.c.id)
         .limit(1)
     ).one_or_none()

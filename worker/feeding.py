@@ -90,15 +90,20 @@ def gather_retries(connection: Connection, *, now: int, limit: int = 500) -> int
     return len(rows)
 
 
-def waits_for_plan(connection: Connection, *, now: int) -> bool:
-    """Whether an accepted event is to be planned now and nobody plans it."""
-    return connection.execute(_TO_PLAN, {"now": now}).first() is not None
+def waits_for_plan(connection: Connection, *, now: int, waited: int = 0) -> bool:
+    """Whether an event is to be planned now and nobody plans it.
+
+    With `waited` one that was accepted so many microseconds ago.
+    """
+    before = now - waited if waited else NEVER
+    return connection.execute(_TO_PLAN, {"now": now, "before": before}).first() is not None
 
 
 _TO_PLAN = (
     select(events.c.id)
     .where(events.c.status.in_(["accepted", "planning"]), events.c.plan_owner.is_(None))
     .where(or_(events.c.not_before.is_(None), events.c.not_before <= bindparam("now")))
+    .where(events.c.accepted_at <= bindparam("before"))
     .limit(1)
 )
 

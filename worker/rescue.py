@@ -90,6 +90,7 @@ class Scheduler:
     hears: Callable[[], bool] = lambda: False  # whether others tell this process what they commit
     tell: Callable[[Collection[str]], None] = lambda _: None  # tells the others (words of `waking`)
     sends: bool = True  # False where no relay is configured: then events are planned and mail waits
+    patience: int = 0  # microseconds for which events are left to others to be planned
     queue_problem: str | None = None
     queue_away_since: float | None = None  # by the steady clock of this process
     crowded: bool = True  # whether more was due at the last look than could be begun at once
@@ -181,7 +182,7 @@ class Scheduler:
         """Plan, gather and queue what is due."""
         now = self.clock()
         with self.database.read() as connection:
-            plan = feeding.waits_for_plan(connection, now=now)
+            plan = feeding.waits_for_plan(connection, now=now, waited=self.patience)
             retries = feeding.retries_due(connection, now=now)
             lanes = feeding.lanes_to_feed(connection, self.width, now=now) if self.sends else []
         at_once = [now >= self._rests.get(lane, 0) and self._fill(lane, now) for lane in lanes]
@@ -267,7 +268,7 @@ class Scheduler:
             event = None
             try:
                 with self.database.write() as connection:
-                    event = fanout.take_event(connection, self.worker, now=self.clock())
+                    event = fanout.take_event(connection, self.worker, now=self.clock(), waited=self.patience)
                 if event is None:
                     return
                 fanout.plan_event(
