@@ -19,6 +19,7 @@ settings.configure(
                            "OPTIONS": {"timeout": 60}}},
     DEFAULT_AUTO_FIELD="django.db.models.BigAutoField",
     USE_TZ=True,
+    TEMPLATES=[{"BACKEND": "django.template.backends.django.DjangoTemplates"}],
     EMAIL_BACKEND="post_office.EmailBackend",
     EMAIL_HOST=HOST,
     EMAIL_PORT=smtp_port(),
