@@ -12,7 +12,7 @@ from tests.bench.figures import median
 WIDTH, LEFT, RIGHT, TOP, ROW = 860, 330, 30, 62, 34
 LOWEST = 100
 #: Mails a second at the left edge.
-OURS = ("redis", "one", "postgresql", "pipelining", "in_full")
+OURS = ("redis", "one", "postgresql", "pipelining", "in_parts", "in_full")
 CAPTION = (
     "Blue: Rolecast, every verdict, delivery and outcome recorded. Grey: what people use instead.",
     "Green: smtp-source, which renders and records nothing. Medians of one interleaved run.",

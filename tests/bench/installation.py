@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import func, select
 
@@ -47,14 +47,15 @@ class Configuration:
     redis: bool = False
     postgresql: bool = False
     chunking: bool = True
-    in_full: bool = False  # an operator's template, which must be rendered in full for each recipient
+    computes: Literal["", "in_a_block", "outside"] = ""  # where an operator's template works with a name
 
 
 ONE = Configuration("one", "one process, SQLite")
 REDIS = Configuration("redis", "Redis, 2 workers, SQLite", redis=True)
 POSTGRESQL = Configuration("postgresql", "Redis, 2 workers, PostgreSQL", redis=True, postgresql=True)
 PIPELINING = Configuration("pipelining", "Redis, 2 workers, SQLite; no CHUNKING", redis=True, chunking=False)
-IN_FULL = Configuration("in_full", "Redis, 2 workers, SQLite; in full", redis=True, in_full=True)
+IN_PARTS = Configuration("in_parts", "Redis, 2 workers, SQLite; in parts", redis=True, computes="in_a_block")
+IN_FULL = Configuration("in_full", "Redis, 2 workers, SQLite; in full", redis=True, computes="outside")
 
 
 @dataclass(slots=True)
@@ -317,8 +318,8 @@ def make(
     if configuration.postgresql:
         made.database_url = servers.new_database(f"bench_{recipients}")
         made.run("db", "upgrade")
-    if configuration.in_full:
-        made.settings["ROLECAST_TEMPLATES_DIR"] = str(_template_in_full(place))
+    if configuration.computes:
+        made.settings["ROLECAST_TEMPLATES_DIR"] = str(_template(place, configuration.computes))
     if like is not None:
         _copy(like.folder, place)
         return made
@@ -350,14 +351,20 @@ def _latency_account(number: int) -> dict[str, Any]:
     return {"id": f"l{number}", "catalogue": "billtrust", "uses": ["invoicing"], "contacts": people}
 
 
-def _template_in_full(place: Path) -> Path:
-    """The service notice's own templates, and a line that works with the recipient's name."""
+def _template(place: Path, computes: str) -> Path:
+    """The service notice's own templates, and a line that works with the recipient's name.
+
+    In a block that block alone must be rendered for each recipient; what is computed outside of all concerns each part.
+    """
     target = place / "templates" / "service.notice"
     shutil.copytree(PROJECT / "templates" / "service.notice", target)
     for name in ("body.html", "body.txt"):
         path = target / name
         written = path.read_text(encoding="utf-8")
-        path.write_text(written.replace("{% block facts %}", "{% block facts %}\n{{ name|upper }}"), encoding="utf-8")
+        if computes == "outside":
+            written = written.replace("{% set more", "{% set shouted = name|upper %}\n{% set more")
+        said = "shouted" if computes == "outside" else "name|upper"
+        path.write_text(written.replace("{% block facts %}", "{% block facts %}\n{{ " + said + " }}"), encoding="utf-8")
     return target.parent
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from tests.bench import figures
 from tests.bench.goals import Goal, Results
-from tests.bench.installation import IN_FULL, ONE, PIPELINING, POSTGRESQL, REDIS, Run
+from tests.bench.installation import IN_FULL, IN_PARTS, ONE, PIPELINING, POSTGRESQL, REDIS, Run
 from tests.bench.latency import Latency
 from tests.bench.senders import PEERS
 from tests.bench.throughput import Throughput
 
 LABELS: Mapping[str, str] = (
     {"smtp_source": "smtp-source, 8 sessions"}
-    | {one.key: one.label for one in (ONE, REDIS, POSTGRESQL, PIPELINING, IN_FULL)}
+    | {one.key: one.label for one in (ONE, REDIS, POSTGRESQL, PIPELINING, IN_PARTS, IN_FULL)}
     | {f"{ONE.key}_command": "publish --wait, its start included"}
     | {peer.key: peer.label for peer in PEERS}
 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from tests.bench import figures
 from tests.bench.installation import (
     IN_FULL,
+    IN_PARTS,
     ONE,
     PIPELINING,
     POSTGRESQL,
@@ -32,7 +33,7 @@ class Sizes:
     peer_mails: int = 2_000
     repetitions: int = 3
     configurations: tuple[Configuration, ...] = (ONE, REDIS, POSTGRESQL)
-    at_full_size: tuple[Configuration, ...] = (PIPELINING, IN_FULL)
+    at_full_size: tuple[Configuration, ...] = (PIPELINING, IN_PARTS, IN_FULL)
 
 
 @dataclass(slots=True)
