@@ -12,39 +12,71 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, Final
 
 from sqlalchemy import Connection, Table
+from sqlalchemy.exc import IntegrityError
 
-_SIZES: Final = (256, 64, 16)
-#: Rows of a statement on SQLite, besides those below the last: few sizes, so that each is prepared once and kept.
+_SIZES: Final = (64, 256, 1024)
+#: Rows of a statement on SQLite, where there are more than the few that have a statement of their own.
+_FEW: Final = 16
 _NAME: Final = re.compile(r":(\w+)")
 _AMONG: Final = re.compile(r"\bAMONG :(\w+)")
 
 
-def insert_rows(connection: Connection, table: Table, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
-    """Insert rows of plain values (numbers, text, bytes, None) into these columns; a row that is there is an error."""
+class RowStands(Exception):  # noqa: N818 - it reads as the sentence it is
+    """A row that was to be inserted stands there already, or breaks another rule of its table."""
+
+
+def insert_rows(
+    connection: Connection,
+    table: Table,
+    columns: Sequence[str],
+    rows: Sequence[tuple[Any, ...]],
+    alike: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Insert rows of plain values (numbers, text, bytes, None) into these columns.
+
+    `alike` are further columns, with the one value that all rows have. Raises `RowStands`; the transaction is lost.
+    """
     if not rows:
         return
-    if connection.dialect.name == "postgresql":
-        _copy(connection, table, columns, rows)
-        return
-    done, count = 0, len(rows)
-    while done < count:
-        left = count - done
-        size = next((size for size in _SIZES if size <= left), left)
-        some = chain.from_iterable(rows[done : done + size])
-        connection.exec_driver_sql(_insert(table.name, tuple(columns), size), tuple(some))
-        done += size
+    try:
+        if connection.dialect.name == "postgresql":
+            _copy(connection, table, (*columns, *alike), [(*row, *alike.values()) for row in rows] if alike else rows)
+            return
+        same, width = tuple(alike.values()), len(columns)
+        done, count = 0, len(rows)
+        while done < count:
+            left = min(count - done, _SIZES[-1])
+            size = left if left <= _FEW else next(size for size in _SIZES if left <= size)
+            some = chain.from_iterable(rows[done : done + left])
+            statement = _insert(table.name, (*alike, *columns), len(same), size)
+            padding = (0,) * (width * (size - left))  # a number: None costs its driver ten times as much
+            connection.exec_driver_sql(statement, (*same, *some, *padding, left))
+            done += left
+    except (IntegrityError, connection.dialect.loaded_dbapi.IntegrityError) as error:
+        raise RowStands(str(error)) from error
 
 
 @lru_cache(maxsize=256)
-def _insert(table: str, columns: tuple[str, ...], rows: int) -> str:
-    marks = f"({', '.join('?' * len(columns))})"
-    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES {', '.join([marks] * rows)}"  # noqa: S608 - our names
+def _insert(table: str, columns: tuple[str, ...], alike: int, rows: int) -> str:
+    """The statement for so many rows; the first columns have one value, bound once. Its last value is a limit.
+
+    There are few such statements, so that each is prepared once and kept: the limit passes over rows that fill up.
+    """
+    width = len(columns) - alike
+    row = f"({', '.join('?' * width)})"
+    # A number binds by its place; the marks without one go on behind the highest number so far.
+    chosen = [f"?{number + 1}" for number in range(alike)] + [f"column{number + 1}" for number in range(width)]
+    return (
+        f"INSERT INTO {table} ({', '.join(columns)}) SELECT {', '.join(chosen)}"  # noqa: S608 - our own names
+        f" FROM (VALUES {', '.join([row] * rows)}) LIMIT ?"
+    )
 
 
 def _copy(connection: Connection, table: Table, columns: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> None:

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import repeat
+from itertools import accumulate, repeat
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -315,6 +315,8 @@ def _what_holds(connection: Connection, held: list[int], promotional: frozenset[
     An opt-out counts for the mailbox of its contact now, and for the one that it was set under.
     """
     holds = _Holds(defaultdict(set), defaultdict(set), set(), set(), set())
+    if not held:
+        return holds
     columns = ("mailbox", "contact", "role", "category", "said")
     rows = read_columns(connection, columns, _HOLDING, held=held)
     for mailbox, contact, role, category, said in zip(*rows, strict=True):
@@ -330,12 +332,142 @@ def _what_holds(connection: Connection, held: list[int], promotional: frozenset[
     return holds
 
 
-def shared(connection: Connection, boxes: Iterable[int]) -> set[int]:
-    """Those of the mailboxes that more than one contact has, or had when it was removed, in one account or several."""
-    rest = (
-        "FROM (SELECT mailbox_id FROM contacts WHERE mailbox_id AMONG :boxes GROUP BY mailbox_id HAVING count(*) > 1) x"
-    )
-    return set(read_columns(connection, ("mailbox_id",), rest, boxes=list(boxes))[0])
+# ---------------------------------------------------------------- a page as columns, for broadcasts
+
+Constellation = tuple[str, str | None, tuple[str, ...], tuple[int, ...], tuple["_Apart", ...]]
+"""All that the rules look at in an account, for one category: catalogue, uses, and of its contacts in order of
+assignment their traits, whether they are unreachable, and what sets them apart (empty where nothing does)."""
+
+_Apart = tuple[int, frozenset[tuple[str, str]], bool, bool, bool]
+"""Of a contact: the first one with the same mailbox, its own opt-outs, whether its address is suppressed, complained,
+and opted out."""
+
+_UNREACHABLE, _HELD, _SHARED = 1, 2, 4
+#: Marks of a contact, added up.
+
+
+@dataclass(slots=True)
+class Page:
+    """A page of accounts and their contacts by columns: a broadcast makes no object for each of a million contacts.
+
+    The contacts of account number i are at `ends[i - 1]` up to `ends[i]` in the next four, in order of assignment.
+    """
+
+    accounts: Sequence[int]  # numbers, in order
+    catalogues: Sequence[str]
+    uses: Sequence[str | None]
+    ends: Sequence[int]
+    contacts: Sequence[int]  # numbers
+    mailboxes: Sequence[int]
+    traits: Sequence[str]  # kind, roles and, where they play a part, product preferences
+    marks: Sequence[int]
+    holds: _Holds  # of mailboxes with a mark
+
+    @property
+    def shared(self) -> set[int]:
+        """The mailboxes that more than one contact has, or had when it was removed, in one account or several."""
+        return {box for box, mark in zip(self.mailboxes, self.marks, strict=True) if mark & _SHARED}
+
+    def constellations(self, category: str) -> list[Constellation]:
+        """For each account what the rules look at in it: those with the same one get the same verdicts (`stand_in`)."""
+        found: list[Constellation] = []
+        traits, marks, start = self.traits, self.marks, 0
+        for catalogue, uses, end in zip(self.catalogues, self.uses, self.ends, strict=True):
+            apart: tuple[_Apart, ...] = ()
+            own = tuple(marks[start:end])
+            if own and max(own) > _UNREACHABLE:
+                own = tuple([mark & _UNREACHABLE for mark in own])
+                apart = self._apart(start, end, category)
+            found.append((catalogue, uses, tuple(traits[start:end]), own, apart))
+            start = end
+        return found
+
+    def _apart(self, start: int, end: int, category: str) -> tuple[_Apart, ...]:
+        numbers, boxes, holds = self.contacts[start:end], self.mailboxes[start:end], self.holds
+        if len(set(boxes)) == len(boxes) and holds.any.isdisjoint(boxes) and holds.opt_outs.keys().isdisjoint(numbers):
+            return ()
+        return tuple([
+            (
+                boxes.index(box),
+                frozenset([one for one in holds.opt_outs.get(number, ()) if one[1] == category]),
+                box in holds.suppressed,
+                box in holds.complained,
+                category in holds.promotional.get(box, ()),
+            )
+            for number, box in zip(numbers, boxes, strict=True)
+        ])  # fmt: skip
+
+
+def stand_in(constellation: Constellation, category: str, *, number: int) -> AccountFacts:
+    """An account of that constellation, for an event of that category that is no request.
+
+    Its contacts have their places in it as numbers, mailboxes, ids and addresses: of these the rules look only at which
+    are the same.
+    """
+    catalogue, uses, traits, marks, apart = constellation
+    nothing: frozenset[tuple[str, str]] = frozenset()
+    made = []
+    for place, (trait, unreachable) in enumerate(zip(traits, marks, strict=True)):
+        kind, roles, *products = trait.split(";", 2)
+        box, opt_outs = apart[place][:2] if apart else (place, nothing)
+        preferences = _set_of(products[0]) if products else None
+        made.append(
+            ContactFacts(
+                str(place), str(box), listed(roles), kind, preferences, opt_outs, bool(unreachable), place, box
+            )
+        )
+    account = AccountFacts(str(number), catalogue, _set_of(uses), tuple(made), number=number)
+    if apart:
+        account.suppressed = frozenset([str(box) for box, _, suppressed, _, _ in apart if suppressed])
+        account.complained = frozenset([str(box) for box, _, _, complained, _ in apart if complained])
+        account.opted_out = frozenset([(str(box), category) for box, *_, opted_out in apart if opted_out])
+    return account
+
+
+_TRAITS: Final = {
+    False: "c.kind || ';' || c.roles",
+    True: "c.kind || ';' || c.roles || coalesce(';' || c.products, '')",
+}
+_MARKS: Final = (
+    f"CASE WHEN c.unreachable THEN {_UNREACHABLE} ELSE 0 END"  # noqa: S608 - put together from our own words
+    " + CASE WHEN EXISTS (SELECT 1 FROM opt_outs o WHERE o.contact_id = c.id)"
+    " OR EXISTS (SELECT 1 FROM opt_outs o WHERE o.mailbox_id = c.mailbox_id)"
+    f" OR EXISTS (SELECT 1 FROM suppressions s WHERE s.mailbox_id = c.mailbox_id) THEN {_HELD} ELSE 0 END"
+    " + CASE WHEN EXISTS (SELECT 1 FROM contacts o WHERE o.mailbox_id = c.mailbox_id AND o.id <> c.id)"
+    f" THEN {_SHARED} ELSE 0 END"
+)
+
+
+def read_page(
+    connection: Connection,
+    catalogues: Mapping[str, Catalogue],
+    *,
+    after: int = 0,
+    limit: int = PAGE,
+    only: Sequence[str] | None = None,
+    scope_event: int | None = None,
+    products: bool = True,
+) -> Page:
+    """The same page that `facts` gives, as columns; without `products` product preferences are left out."""
+    numbers, _, keys, uses = _page(connection, _ACCOUNT, after=after, limit=limit, only=only, scope_event=scope_event)
+    if not numbers:
+        return Page((), (), (), (), (), (), (), (), _what_holds(connection, [], frozenset()))
+    columns = ("c.account_id", "c.position", "c.id", "c.mailbox_id", _TRAITS[products], _MARKS)
+    people = read_columns(connection, columns, _PEOPLE, accounts=list(numbers))
+    if people[0]:
+        people = list(zip(*sorted(zip(*people, strict=True)), strict=True))
+    owners, _, contact_numbers, boxes, traits, marks = people
+    counts = Counter(owners)
+    ends = list(accumulate([counts[number] for number in numbers]))
+    marked = sorted({box for box, mark in zip(boxes, marks, strict=True) if mark > _UNREACHABLE})
+    holds = _what_holds(connection, marked, _promotional(catalogues))
+    return Page(numbers, keys, uses, ends, contact_numbers, boxes, traits, marks, holds)
+
+
+def addresses(connection: Connection, boxes: Iterable[int]) -> dict[int, str]:
+    """The normalised addresses of mailboxes by number; those that were erased are left out."""
+    rest = "FROM mailboxes WHERE id AMONG :boxes AND address IS NOT NULL"
+    return dict(zip(*read_columns(connection, ("id", "address"), rest, boxes=list(boxes)), strict=True))
 
 
 # ---------------------------------------------------------------- what people see

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import insert
 
-from subscriptions.bulk import insert_rows, read_columns
+from subscriptions.bulk import RowStands, insert_rows, read_columns
 from subscriptions.database import Database
 from subscriptions.schema import accounts, audit, mailboxes
 from tests.databases import NOW
@@ -21,7 +21,7 @@ HOSTILE = (
 COLUMNS = ("at", "actor", "door", "account_id", "kind", "body")
 
 
-@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 63, 255, 256, 700])
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 63, 255, 256, 700, 1024, 1025, 1100])
 def test_rows_come_out_as_they_went_in_whatever_stands_in_them(database: Database, count: int) -> None:
     texts = [HOSTILE[number % len(HOSTILE)] for number in range(count)]
     rows = [(NOW + n, text, "cli", None if n % 3 else n, "x", text * 3) for n, text in enumerate(texts)]
@@ -41,9 +41,19 @@ def test_bytes_go_in_as_they_are(database: Database) -> None:
         assert [bytes(row.address_key) for row in connection.execute(query)] == keys
 
 
+def test_what_all_rows_have_alike_is_given_once(database: Database) -> None:
+    rows = [(NOW + n, HOSTILE[n % len(HOSTILE)]) for n in range(70)]
+    alike = {"actor": HOSTILE[1], "door": "cli", "account_id": None, "kind": "x"}
+    with database.write() as connection:
+        insert_rows(connection, audit, ("at", "body"), rows, alike)
+    with database.read() as connection:
+        found = read_columns(connection, COLUMNS, "FROM (SELECT * FROM audit ORDER BY at) a")
+    assert list(zip(*found, strict=True)) == [(at, HOSTILE[1], "cli", None, "x", body) for at, body in rows]
+
+
 def test_a_row_that_is_there_already_fails_and_writes_nothing(database: Database) -> None:
     row = (1, b"k" * 16)
-    with pytest.raises(Exception, match=r"(?i)unique"), database.write() as connection:  # noqa: PT012
+    with pytest.raises(RowStands, match=r"(?i)unique"), database.write() as connection:  # noqa: PT012
         insert_rows(connection, mailboxes, ("id", "address_key"), [(2, b"j" * 16)])
         insert_rows(connection, mailboxes, ("id", "address_key"), [row, row])
     with database.read() as connection:

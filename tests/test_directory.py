@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sqlalchemy import event, insert, select, text
 
 from subscriptions import directory
+from subscriptions.audience import EventFacts, resolve
 from subscriptions.catalogue import load_catalogues
 from subscriptions.changes import (
     Actor,
@@ -23,9 +27,10 @@ from subscriptions.changes import (
 from subscriptions.database import Database
 from subscriptions.documents import AccountRecord, ContactRecord, OptOutRecord
 from subscriptions.schema import installation, metadata
-from tests.databases import NOW
+from tests.databases import NOW, fill
 
 CATALOGUES = load_catalogues()
+PRODUCTS = ("invoicing", "payments", "chat")
 ANNA = Actor("cli:anna", "cli")
 
 
@@ -45,6 +50,11 @@ def change(database: Database, *changes, actor: Actor = ANNA, now: int = NOW):
 def facts(database: Database, **options):
     with database.read() as connection:
         return directory.facts(connection, CATALOGUES, **options)
+
+
+def page(database: Database, **options):
+    with database.read() as connection:
+        return directory.read_page(connection, CATALOGUES, **options)
 
 
 def one(database: Database, ext: str):
@@ -258,8 +268,6 @@ def test_suppressions_are_listed_with_who_set_them(database: Database):
 
 
 def test_a_database_file_survives_a_new_process(tmp_path: Path):
-    from tests.databases import fill
-
     database = fill(Database(f"sqlite:///{tmp_path / 'kept.db'}"))
     change(database, PutAccount(account("acme", contact("c1", "ada@x.example"))))
     database.close()
@@ -296,10 +304,65 @@ def test_mailboxes_that_several_contacts_have_are_known_as_shared_for_good(datab
     change(database, PutAccount(account("a", contact("one", "x@p.example"), contact("two", "y@p.example"))))
     change(database, PutAccount(account("b", contact("one", "X@p.example"), contact("two", "z@p.example"))))
     boxes = {each.email: each.mailbox for found in facts(database) for each in found.contacts}
-    with database.read() as connection:
-        assert directory.shared(connection, boxes.values()) == {boxes["x@p.example"]}
-        assert directory.shared(connection, [boxes["z@p.example"]]) == set()
-        assert directory.shared(connection, []) == set()
+    assert page(database).shared == {boxes["x@p.example"]}
     change(database, RemoveContact("b", "one"))
-    with database.read() as connection:
-        assert directory.shared(connection, boxes.values()) == {boxes["x@p.example"]}, "held back rather than missed"
+    assert page(database).shared == {boxes["x@p.example"]}, "held back rather than missed"
+
+
+CATEGORY = st.sampled_from(["service_communication", "announcement", "webinar_invite", "invoice", "file_failure"])
+ROLES = ("executive", "primary_support", "secondary_support", "accounting", "communication_only")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.randoms(use_true_random=False), CATEGORY)
+def test_accounts_that_are_alike_have_the_verdicts_that_each_would_have_by_itself(chance, category):
+    """A stand-in for the constellation of an account is resolved as the account is, contact by contact."""
+    category = category if category in CATALOGUES["billtrust"].categories else "announcement"
+    with TemporaryDirectory() as folder:
+        database = fill(Database(f"sqlite:///{folder}/r.db"))
+        try:
+            people = [f"p{number}@x.example" for number in range(10)]
+            wishes = [OptOutRecord(role, key) for role in ROLES[:3] for key in (category, "announcement")]
+            for number in range(8):
+                given_to = [
+                    contact(
+                        f"c{chance.randrange(100)}-{n}", chance.choice(people),
+                        *sorted(chance.sample(ROLES, chance.randrange(3))),
+                        products=frozenset({"invoicing"}) if chance.random() < 0.3 else None,
+                        unreachable=chance.random() < 0.2,
+                        opt_outs=(chance.choice(wishes),) if chance.random() < 0.2 else (),
+                    )
+                    for n in range(chance.randrange(5))
+                ]  # fmt: skip
+                change(database, PutAccount(account(f"a{number}", *given_to, uses=chance.sample(PRODUCTS, 1))))
+            for address in chance.sample(people, 3):
+                cause = chance.choice(["hard_bounce", "complaint", "operator"])
+                change(database, Suppress(address, cause, "operator:anna"))
+            event = EventFacts(category, products=tuple(chance.sample(PRODUCTS, chance.randrange(3))))
+            found = page(database, products=bool(event.products))
+            plain = facts(database)
+            assert [one.number for one in plain] == list(found.accounts)
+            start = 0
+            for one, alike, end in zip(plain, found.constellations(category), found.ends, strict=True):
+                stand_in = directory.stand_in(alike, category, number=one.number)
+                numbers, boxes = found.contacts[start:end], found.mailboxes[start:end]
+                assert sorted(numbers) == sorted(each.number for each in one.contacts)
+                expected = resolve(CATALOGUES[one.catalogue], one, event)
+                again = resolve(CATALOGUES[one.catalogue], stand_in, event)
+                assert (again.outcome, again.reason, again.warnings) == (
+                    expected.outcome, expected.reason, expected.warnings,
+                )  # fmt: skip
+                assert [
+                    (numbers[each.contact.number], each.delivery, each.matched, each.dropped, each.deduplicated)
+                    for each in again.recipients
+                ] == [
+                    (each.contact.number, each.delivery, each.matched, each.dropped, each.deduplicated)
+                    for each in expected.recipients
+                ]
+                assert [(numbers[each.contact.number], each.dropped) for each in again.excluded] == [
+                    (each.contact.number, each.dropped) for each in expected.excluded
+                ]
+                assert {each.number: each.mailbox for each in one.contacts} == dict(zip(numbers, boxes, strict=True))
+                start = end
+        finally:
+            database.close()

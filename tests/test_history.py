@@ -282,4 +282,4 @@ def test_a_person_lets_held_mail_go_and_tries_failed_mail_again(app, decide, sta
     assert state["totals"] == ({"planned": 1} if changed else {status.name.lower(): 1})
     assert state["status"] == ("sending" if changed else "done")
     with app.database.read() as connection:
-        assert feeding.retries_due(connection, now=NOW) == bool(changed)
+        assert feeding.look(connection, (), now=NOW).retries == bool(changed)

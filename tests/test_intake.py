@@ -31,7 +31,7 @@ from worker import feeding, ledger
 from worker.app import App
 from worker.delivery import Taken
 from worker.events import TYPES
-from worker.fanout import EventRow, Planning, event_row, planned_now, unpack
+from worker.fanout import EventRow, Planning, event_row, unpack
 from worker.intake import Publisher, Refused
 from worker.mails import Due, People, as_planned, gather, numbered
 from worker.schema import deliveries, events, flights, slices, tallies, verdicts
@@ -68,7 +68,7 @@ class Witness:
     ) -> None:
         assert known is not None
         assert guard == ledger.guard(planning.connection)
-        planned = planned_now(planning)
+        planned = planning.planned
         self.told.append((event, *as_planned(planning.connection, event, planned, known, {})))
         owing = [n for n, *_ in planned]
         self.read.append(gather(planning.connection, event, *numbered(owing), {}))

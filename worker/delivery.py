@@ -31,7 +31,7 @@ from subscriptions.database import Clock, Database, DatabaseUnusable, insert_int
 from subscriptions.directory import Known
 from subscriptions.schema import accounts as accounts_table
 from worker import ledger, logs
-from worker.fanout import EventRow, Planner, Planning, event_facts, event_row, planned_now
+from worker.fanout import EventRow, Planner, Planning, event_facts, event_row
 from worker.ledger import HOLD_CLASS, NEVER, SLICE_SIZE, Claim, Settlement, Status
 from worker.mails import Composer, Due, GroundRow, People, Shape, as_planned, gather, numbered
 from worker.paces import SECOND, Paces, Rest, flight_size
@@ -167,7 +167,7 @@ class Sender:
         # A verdict's shape that is new has a number only if this is committed: who remembers numbers must not see it.
         if known is None or mails > FLIGHT or planning.new_shapes:
             return Taken(work, None)
-        self._see(connection, work, *as_planned(connection, event, planned_now(planning), known, self._shapes))
+        self._see(connection, work, *as_planned(connection, event, planning.planned, known, self._shapes))
         return Taken(work, self._begin(connection, work=work, relays=relays) if work.dues else None)
 
     async def deliver_taken(self, taken: Taken, *, alone: bool = True) -> None:

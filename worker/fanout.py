@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 from sqlalchemy import Connection, select, text, update
 
 from subscriptions import directory
 from subscriptions.audience import AccountFacts, Drop, EventFacts, Match, Verdicts, resolve
-from subscriptions.bulk import insert_rows, read_columns
+from subscriptions.bulk import RowStands, insert_rows, read_columns
 from subscriptions.catalogue import Catalogue
 from subscriptions.database import Clock, Database, insert_into
+from subscriptions.directory import Constellation, Page
 from subscriptions.schema import catalogue_versions
 from worker import feeding, ledger, logs, matters
 from worker.ledger import Lane, Status
@@ -35,10 +36,12 @@ from worker.settings import DELIVERY_MODES, Team
 
 logger = logs.get(__name__)
 
-PAGE = 500
+PAGE = 1000
 #: Accounts a transaction.
 FIRST_PAGE = 50
 #: Accounts of the first page of an event: sending begins at once.
+MOST_ALIKE = 10_000
+#: Constellations that are remembered while an event is planned.
 LARGE = 20_000
 #: Deliveries from which on the database's statistics are renewed after planning (performance.md 2: a trap).
 
@@ -115,13 +118,34 @@ Shape = tuple[str | None, tuple[Match, ...], tuple[Drop, ...], bool]
 """A verdict without its contact: delivery (None: excluded), matched, dropped, deduplicated."""
 
 
+Ground = tuple[int, int, int, int]
+"""Mailbox, account, contact, shape."""
+
+
+Stored = tuple[int, int, str, str, bytes | bytearray]
+"""Account, catalogue's version, outcome, warnings, packed."""
+
+
 @dataclass(slots=True)
 class Rows:
-    """Resolved accounts as the ledger keeps them."""
+    """Resolved accounts as the ledger keeps them, but for what is told by the event."""
 
-    verdicts: list[tuple[Any, ...]]  # rows of `verdicts`
-    grounds: list[tuple[int, int, int, int, str]]  # mailbox, account, contact, shape, normalised address
+    verdicts: dict[str | None, list[Stored]]  # by reason
+    grounds: list[Ground]  # each of another mailbox, to which the event writes for the first time
+    waiting: list[Ground]  # of mailboxes for which there may be further grounds
     unreached: Mapping[tuple[int, str], int]  # as `matters.note` takes it
+
+
+@dataclass(slots=True)
+class Numbered:
+    """Rows with the numbers of their deliveries."""
+
+    rows: Rows
+    deliveries: list[tuple[int, int, int, int, int]]  # n, and a ground
+    held: list[tuple[int, int, int, int, int]]  # the same, of those that may not be sent
+    further: list[tuple[int, int, int, int]]  # n, account, contact, shape
+    ready_n: int  # behind the last delivery that may be sent at once
+    next_n: int  # behind the last one
 
 
 @dataclass(slots=True)
@@ -153,7 +177,8 @@ class Planner:
         if planning is not None and (planning.new_shapes or planning.new_versions):
             shapes, versions = shapes | planning.new_shapes, versions | planning.new_versions
         shape_of, version_of = shapes.get, versions.get
-        event_id, stored, grounds = event.id, [], []
+        stored: dict[str | None, list[Stored]] = {}
+        grounds = []
         for account, verdict in answers:
             number, pairs = account.number, []
             for one in verdict.recipients:
@@ -162,7 +187,7 @@ class Planner:
                 if shape is None:
                     return None
                 pairs.append((contact.number, shape))
-                grounds.append((contact.mailbox, number, contact.number, shape, contact.email))
+                grounds.append((contact.mailbox, number, contact.number, shape))
             for other in verdict.excluded:
                 shape = shape_of((None, (), other.dropped, False))
                 if shape is None:
@@ -172,8 +197,36 @@ class Planner:
             if version is None:
                 return None
             warnings = ",".join(verdict.warnings)
-            stored.append((event_id, number, version, verdict.outcome, verdict.reason, warnings, pack(pairs)))
-        return Rows(stored, grounds, matters.unreached(event_id, event.class_, [verdict for _, verdict in answers]))
+            stored.setdefault(verdict.reason, []).append((number, version, verdict.outcome, warnings, pack(pairs)))
+        unreached = matters.unreached(event.id, event.class_, [verdict for _, verdict in answers])
+        return Rows(stored, grounds, [], unreached)
+
+    def number(
+        self, connection: Connection, event: EventRow, rows: Rows, *, known: dict[int, int], next_n: int
+    ) -> Numbered:
+        """Give each delivery its number, `next_n` the first one, and find those that may not be sent in this mode.
+
+        `known` is which mailboxes the event writes to already, with the number of the delivery: what waits becomes a
+        further ground there. It grows by what is new.
+        """
+        fresh = [(n, *ground) for n, ground in enumerate(rows.grounds, next_n)]
+        ready_n = next_n = next_n + len(fresh)
+        further = []
+        for mailbox, account, contact, shape in rows.waiting:
+            if mailbox in known:
+                further.append((known[mailbox], account, contact, shape))
+            else:
+                known[mailbox] = next_n
+                fresh.append((next_n, mailbox, account, contact, shape))
+                next_n += 1
+        mode = self.mode_of(event.mode)
+        if mode == "live":
+            return Numbered(rows, fresh, [], further, ready_n, next_n)
+        found = directory.addresses(connection, [one[1] for one in fresh]) if mode == "team" else {}
+        may_leave = {box for box, address in found.items() if address in self.team}
+        held = [one for one in fresh if one[1] not in may_leave]
+        fresh = [one for one in fresh if one[1] in may_leave]
+        return Numbered(rows, fresh, held, further, ready_n, next_n)
 
 
 @dataclass(slots=True)
@@ -184,7 +237,7 @@ class Planning:
     connection: Connection
     new_shapes: dict[Shape, int] = field(default_factory=dict)
     new_versions: dict[str, int] = field(default_factory=dict)
-    stored: Sequence[tuple[Any, ...]] = ()  # the last rows of `deliveries`
+    planned: Sequence[tuple[int, int, int, int, int]] = ()  # what `write` stored and may leave, as in `Numbered`
 
     def keep(self) -> None:
         """After the commit: what was interned is known from now on."""
@@ -209,48 +262,24 @@ class Planning:
             self.intern(answers)
             rows = self.planner.rows(event, answers, self)
             assert rows is not None
-        return self.store(event, rows, rows.grounds, known={}, next_n=next_n, now=now, owner=owner)
+        numbered = self.planner.number(self.connection, event, rows, known={}, next_n=next_n)
+        self.store(event, numbered, now=now, owner=owner)
+        self.planned = numbered.deliveries
+        return numbered.next_n
 
-    def store(
-        self,
-        event: EventRow,
-        rows: Rows,
-        grounds: Iterable[tuple[int, int, int, int, str]],
-        *,
-        known: dict[int, int],
-        next_n: int,
-        now: int,
-        owner: int,
-    ) -> int:
-        """Store verdicts, and a delivery for each ground's mailbox in this order; returns the next free number.
-
-        `known` is which mailboxes the event writes to already, with the number of the delivery: they become further
-        grounds. It grows by what is new.
-        """
-        fresh: list[tuple[Any, ...]] = []
-        further: list[tuple[int, int, int, int, int]] = []
-        event_id, held = event.id, 0
-        mode = self.planner.mode_of(event.mode)
-        for mailbox, account, contact, shape, address in grounds:
-            if mailbox in known:
-                further.append((event_id, known[mailbox], account, contact, shape))
-                continue
-            known[mailbox] = next_n
-            if mode == "test" or (mode == "team" and address not in self.planner.team):
-                held += 1
-                state: tuple[Any, ...] = (int(Status.HELD), mode, now)
-            else:
-                state = _PLANNED
-            fresh.append((event_id, next_n, mailbox, account, contact, shape, *state))
-            next_n += 1
-        self.stored = fresh
-        insert_rows(self.connection, verdicts, _VERDICT, rows.verdicts)
-        insert_rows(self.connection, deliveries, _DELIVERY, fresh)
-        insert_rows(self.connection, more_grounds, _GROUND, further)
-        matters.note(self.connection, owner, rows.unreached, now=now)
-        counts = {(event_id, Status.PLANNED): len(fresh) - held, (event_id, Status.HELD): held}
-        ledger.add_tallies(self.connection, owner, counts)
-        return next_n
+    def store(self, event: EventRow, page: Numbered, *, now: int, owner: int) -> None:
+        """Store verdicts, deliveries and further grounds, and count them. Raises `RowStands`."""
+        connection, of_event = self.connection, {"event_id": event.id}
+        for reason, stored in page.rows.verdicts.items():
+            insert_rows(connection, verdicts, _VERDICT, stored, of_event | {"reason": reason})
+        insert_rows(connection, deliveries, _DELIVERY, page.deliveries, of_event | {"status": int(Status.PLANNED)})
+        if page.held:
+            why = {"status": int(Status.HELD), "reason": self.planner.mode_of(event.mode), "settled_at": now}
+            insert_rows(connection, deliveries, _DELIVERY, page.held, of_event | why)
+        insert_rows(connection, more_grounds, _GROUND, page.further, of_event)
+        matters.note(connection, owner, page.rows.unreached, now=now)
+        counts = {(event.id, Status.PLANNED): len(page.deliveries), (event.id, Status.HELD): len(page.held)}
+        ledger.add_tallies(connection, owner, counts)
 
     def intern(self, answers: Sequence[tuple[AccountFacts, Verdicts]]) -> None:
         """Give numbers to the shapes and the versions of catalogues that have none yet."""
@@ -290,17 +319,9 @@ class Planning:
         self.new_versions[key] = number
 
 
-_VERDICT = ("event_id", "account_id", "catalogue_version", "outcome", "reason", "warnings", "packed")
-_DELIVERY = (
-    "event_id", "n", "mailbox_id", "account_id", "contact_id", "shape_id", "status", "reason", "settled_at"
-)  # fmt: skip
-_GROUND = ("event_id", "n", "account_id", "contact_id", "shape_id")
-_PLANNED = (int(Status.PLANNED), None, None)
-
-
-def planned_now(planning: Planning) -> list[tuple[int, int, int, int, int]]:
-    """The deliveries that were stored last and may leave: number, mailbox, account, contact, shape."""
-    return [row[1:6] for row in planning.stored if row[6:] == _PLANNED]
+_VERDICT = ("account_id", "catalogue_version", "outcome", "warnings", "packed")
+_DELIVERY = ("n", "mailbox_id", "account_id", "contact_id", "shape_id")
+_GROUND = ("n", "account_id", "contact_id", "shape_id")
 
 
 def shape_text(shape: Shape) -> str:
@@ -322,9 +343,9 @@ def pack(pairs: Iterable[tuple[int, int]]) -> bytes:
     return bytes(out)
 
 
-def unpack(packed: bytes) -> list[tuple[int, int]]:
+def unpack(packed: bytes | bytearray) -> list[tuple[int, int]]:
     """The (contact, shape) pairs that `pack` wrote."""
-    numbers = varints(packed)
+    numbers = varints(bytes(packed))
     pairs, contact = [], 0
     for distance, shape in zip(numbers[::2], numbers[1::2], strict=True):
         contact += distance
@@ -382,13 +403,18 @@ def plan_event(
     """
     with database.read() as connection:
         place: _Place | None = _place(connection, event.id)
+    reading = _Reading(database, planner, event)
     size, free_at = min(page, FIRST_PAGE), 0.0
     while place is not None and not place.last and go_on():
-        found = _read_page(database, planner, event, place, size)
+        begins = place
+        found = reading.page(begins, size)
         time.sleep(max(0.0, min(0.25, free_at - time.monotonic())))
-        with database.write() as connection:
-            began = time.monotonic()
-            place = _write_page(planner.start(connection), event, worker, found, now=clock())
+        began = time.monotonic()
+        try:
+            place = _write(database, planner, event, worker, found, now=clock())
+        except RowStands:  # a contact got the address of one that was planned: only then is it in no other contact's
+            found = reading.page(begins, size, careful=True)
+            place = _write(database, planner, event, worker, found, now=clock())
         if database.dialect == "sqlite":
             ended = time.monotonic()
             free_at = ended + (ended - began)
@@ -415,9 +441,7 @@ class _Page:
     place: _Place  # where it begins
     after: int  # its last account
     last: bool  # no account comes after it
-    rows: Rows
-    known: dict[int, int]  # mailboxes of it that the event writes to already: the number of the delivery
-    shared: Set[int]  # mailboxes of it that further contacts have: another page may give them further grounds
+    numbered: Numbered
 
 
 def _place(connection: Connection, event_id: int) -> _Place:
@@ -426,65 +450,171 @@ def _place(connection: Connection, event_id: int) -> _Place:
     return _Place(after, next_n, epoch)
 
 
-def _read_page(database: Database, planner: Planner, event: EventRow, place: _Place, limit: int) -> _Page:
-    facts = event_facts(
-        event.category, event.data, event.routing.get("products", ()), attested=event.routing.get("attested", False)
-    )
-    with database.read() as connection:
-        accounts = directory.facts(
-            connection,
-            planner.catalogues,
-            after=place.after,
-            limit=limit,
-            only=[event.routing["account"]] if event.scope == "one" else None,
-            scope_event=event.id if event.scope == "list" else None,
-        )
-        answers = [(one, resolve(planner.catalogues[one.catalogue], one, facts)) for one in accounts]
-        boxes = [recipient.contact.mailbox for _, verdict in answers for recipient in verdict.recipients]
-        known = {} if place.next_n == 1 else _known(connection, event.id, boxes)
-        shared = set() if event.scope == "one" else directory.shared(connection, boxes)
-    rows = planner.rows(event, answers)
-    if rows is None:
-        with database.write() as connection:
-            planning = planner.start(connection)
-            planning.intern(answers)
-        planning.keep()
-        rows = planner.rows(event, answers)
-        assert rows is not None
-    after = accounts[-1].number if accounts else place.after
-    return _Page(place, after, len(accounts) < limit, rows, known, shared)
+@dataclass(slots=True)
+class _Alike:
+    """What is stored of every account of a constellation."""
+
+    reason: str | None
+    verdict: tuple[int, str, str]  # catalogue's version, outcome, warnings
+    shapes: tuple[int, ...]  # of each contact, in the order of the page
+    told: tuple[tuple[int, int], ...]  # place and shape of those who get a copy
+    unreached: Mapping[tuple[int, str], int]
+    packed: dict[tuple[int, ...], bytes] = field(default_factory=dict)  # by distances: behind the first number
+
+    def pack(self, contacts: Sequence[int]) -> bytearray:
+        """The packed verdicts of an account with these contacts, as `pack` makes them.
+
+        A bytearray, since SQLite's driver takes it at once: it looks for adapters of bytes.
+        """
+        if not contacts:
+            return bytearray()
+        first = min(contacts)
+        distances = tuple([number - first for number in contacts])
+        rest = self.packed.get(distances)
+        if rest is None:
+            rest = self.packed[distances] = pack(zip(distances, self.shapes, strict=True))[1:]
+        packed = bytearray(varint(first))
+        packed += rest
+        return packed
 
 
-def _known(connection: Connection, event_id: int, boxes: list[int]) -> dict[int, int]:
+@dataclass(slots=True)
+class _Reading:
+    """Reads and resolves the pages of an event. Accounts that are alike are resolved once."""
+
+    database: Database
+    planner: Planner
+    event: EventRow
+    facts: EventFacts = field(init=False)
+    alike: dict[Constellation, _Alike] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        event = self.event
+        products, attested = event.routing.get("products", ()), event.routing.get("attested", False)
+        self.facts = event_facts(event.category, event.data, products, attested=attested)
+
+    def page(self, place: _Place, limit: int, *, careful: bool = False) -> _Page:
+        """The page of so many accounts behind a place.
+
+        `careful`: also mailboxes that one contact alone has are looked for among those that the event writes to.
+        """
+        event, catalogues = self.event, self.planner.catalogues
+        only = [event.routing["account"]] if event.scope == "one" else None
+        listed = event.id if event.scope == "list" else None
+        with self.database.read() as connection:
+            page = directory.read_page(
+                connection,
+                catalogues,
+                after=place.after,
+                limit=limit,
+                only=only,
+                scope_event=listed,
+                products=bool(self.facts.products),
+            )
+            if self.facts.action is not None:  # what a request says depends on who is who
+                accounts = directory.facts(connection, catalogues, after=place.after, limit=limit, only=only)
+            asked = page.mailboxes if careful else list(page.shared)
+            known = _known(connection, event.id, asked) if place.next_n > 1 and asked else {}
+        rows = self._rows(page) if self.facts.action is None else self._resolved(accounts)
+        if careful:
+            rows.waiting += [ground for ground in rows.grounds if ground[0] in known]
+            rows.grounds = [ground for ground in rows.grounds if ground[0] not in known]
+        with self.database.read() as connection:
+            numbered = self.planner.number(connection, event, rows, known=known, next_n=place.next_n)
+        after = page.accounts[-1] if page.accounts else place.after
+        return _Page(place, after, len(page.accounts) < limit, numbered)
+
+    def _resolved(self, accounts: Sequence[AccountFacts]) -> Rows:
+        """The rows of accounts, each resolved by itself."""
+        catalogues, planner = self.planner.catalogues, self.planner
+        answers = [(one, resolve(catalogues[one.catalogue], one, self.facts)) for one in accounts]
+        rows = planner.rows(self.event, answers)
+        if rows is None:
+            with self.database.write() as connection:
+                planning = planner.start(connection)
+                planning.intern(answers)
+            planning.keep()
+            rows = planner.rows(self.event, answers)
+            assert rows is not None
+        return rows
+
+    def _rows(self, page: Page) -> Rows:
+        """The rows of a page: `_resolved` says what is stored of an account, and the same of each that is alike."""
+        constellations = page.constellations(self.facts.category)
+        self._learn(constellations)
+        shared = page.shared if self.event.scope != "one" else frozenset()
+        stored = defaultdict[str | None, list[Stored]](list)
+        unreached = Counter[tuple[int, str]]()
+        rows = Rows(stored, [], [], unreached)
+        alike, start = self.alike, 0
+        for account, constellation, end in zip(page.accounts, constellations, page.ends, strict=True):
+            one, contacts, boxes = alike[constellation], page.contacts[start:end], page.mailboxes[start:end]
+            stored[one.reason].append((account, *one.verdict, one.pack(contacts)))
+            grounds = [(boxes[place], account, contacts[place], shape) for place, shape in one.told]
+            if shared and not shared.isdisjoint(boxes):
+                rows.waiting += [ground for ground in grounds if ground[0] in shared]
+                rows.grounds += [ground for ground in grounds if ground[0] not in shared]
+            else:
+                rows.grounds += grounds
+            if one.unreached:
+                unreached.update(one.unreached)
+            start = end
+        return rows
+
+    def _learn(self, constellations: Sequence[Constellation]) -> None:
+        """Resolve a stand-in for each constellation that was not seen yet."""
+        if len(self.alike) > MOST_ALIKE:
+            self.alike.clear()
+        new = list(dict.fromkeys(constellations) if not self.alike else set(constellations) - self.alike.keys())
+        if not new:
+            return
+        accounts = [directory.stand_in(one, self.facts.category, number=number) for number, one in enumerate(new)]
+        rows = self._resolved(accounts)
+        told: dict[int, list[tuple[int, int]]] = {}
+        for _, number, place, shape in rows.grounds:
+            told.setdefault(number, []).append((place, shape))
+        for reason, stored in rows.verdicts.items():
+            for number, version, outcome, warnings, packed in stored:
+                shapes = tuple([shape for _, shape in unpack(packed)])
+                unreached = matters.unreached(self.event.id, self.event.class_, [Verdicts(outcome, reason, "")])
+                verdict, copies = (version, outcome, warnings), tuple(told.get(number, ()))
+                self.alike[new[number]] = _Alike(reason, verdict, shapes, copies, unreached)
+
+
+def _known(connection: Connection, event_id: int, boxes: Sequence[int]) -> dict[int, int]:
     rest = "FROM deliveries WHERE event_id = :event AND mailbox_id AMONG :boxes"
-    found = read_columns(connection, ("mailbox_id", "n"), rest, event=event_id, boxes=boxes)
+    found = read_columns(connection, ("mailbox_id", "n"), rest, event=event_id, boxes=list(boxes))
     return dict(zip(*found, strict=True))
 
 
-def _write_page(planning: Planning, event: EventRow, worker: int, page: _Page, *, now: int) -> _Place | None:
-    """Store a page, and where the planning stands now; None where the event was cancelled, or another worker has it."""
-    connection, place = planning.connection, page.place
-    ours = (events.c.id == event.id) & (events.c.plan_owner == worker) & (events.c.plan_epoch == place.epoch)
-    stands = (events.c.status == "planning") & (events.c.plan_after_account == place.after)
-    # The first statement: nobody takes the event over while a page of it is written.
-    if not connection.execute(update(events).where(ours & stands).values(plan_after_account=page.after)).rowcount:
-        return None
-    alone = [ground for ground in page.rows.grounds if ground[0] not in page.shared]
-    others = [ground for ground in page.rows.grounds if ground[0] in page.shared]
-    ready_n = place.next_n + sum(ground[0] not in page.known for ground in alone)
-    grounds = chain(alone, others)
-    next_n = planning.store(event, page.rows, grounds, known=page.known, next_n=place.next_n, now=now, owner=worker)
-    feeding.make_slices(connection, event.id, event.lane, first_n=place.next_n, last_n=ready_n - 1, due_at=now)
-    feeding.make_slices(connection, event.id, event.lane, first_n=ready_n, last_n=next_n - 1, due_at=None)
-    values: dict[str, object] = {"next_n": next_n}
+def _write(
+    database: Database, planner: Planner, event: EventRow, worker: int, page: _Page, *, now: int
+) -> _Place | None:
+    """Store a page, and where the planning stands now; None where the event was cancelled, or another worker has it.
+
+    Raises `RowStands` where the event writes to one of the page's mailboxes already.
+    """
+    place, numbered = page.place, page.numbered
+    values: dict[str, object] = {"plan_after_account": page.after, "next_n": numbered.next_n}
     if page.last:
-        _release(connection, event.id, now=now)
-        values |= {"status": "sending" if next_n > 1 else "done", "planned_at": now, "plan_owner": None}
-    connection.execute(update(events).where(events.c.id == event.id).values(**values))
-    if next_n > LARGE >= place.next_n:
-        if connection.dialect.name == "sqlite":
-            connection.execute(text("PRAGMA analysis_limit = 1000"))  # or it would read the table, and others wait
-        connection.execute(text("ANALYZE deliveries"))
+        status = "sending" if numbered.next_n > 1 else "done"
+        values |= {"status": status, "planned_at": now, "plan_owner": None}
+    with database.write() as connection:
+        ours = (events.c.id == event.id) & (events.c.plan_owner == worker) & (events.c.plan_epoch == place.epoch)
+        stands = (events.c.status == "planning") & (events.c.plan_after_account == place.after)
+        # The first statement: nobody takes the event over while a page of it is written.
+        if not connection.execute(update(events).where(ours & stands).values(**values)).rowcount:
+            return None
+        planner.start(connection).store(event, numbered, now=now, owner=worker)
+        ready_n, next_n = numbered.ready_n, numbered.next_n
+        feeding.make_slices(connection, event.id, event.lane, first_n=place.next_n, last_n=ready_n - 1, due_at=now)
+        feeding.make_slices(connection, event.id, event.lane, first_n=ready_n, last_n=next_n - 1, due_at=None)
+        if page.last:
+            _release(connection, event.id, now=now)
+        if next_n > LARGE >= place.next_n:
+            if connection.dialect.name == "sqlite":
+                connection.execute(text("PRAGMA analysis_limit = 1000"))  # or it would read the table, and others wait
+            connection.execute(text("ANALYZE deliveries"))
     return _Place(page.after, next_n, place.epoch, page.last)
 
 

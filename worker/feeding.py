@@ -11,8 +11,23 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, bindparam, func, insert, or_, select, text, true, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Select,
+    bindparam,
+    func,
+    insert,
+    or_,
+    select,
+    text,
+    true,
+    update,
+)
+from sqlalchemy.sql.dml import ReturningUpdate
 
+from subscriptions.bulk import insert_rows
 from subscriptions.directory import among
 from worker import ledger
 from worker.ledger import NEVER, SLICE_SIZE, Lane, Status
@@ -25,19 +40,9 @@ def make_slices(
     """Cut the deliveries first_n..last_n of an event into slices."""
     if last_n < first_n:
         return
-    connection.execute(
-        insert(slices),
-        [
-            {
-                "event_id": event_id,
-                "lane": int(lane),
-                "first_n": start,
-                "last_n": min(start + SLICE_SIZE - 1, last_n),
-                "due_at": due_at,
-            }
-            for start in range(first_n, last_n + 1, SLICE_SIZE)
-        ],
-    )
+    rows = [(start, min(start + SLICE_SIZE - 1, last_n)) for start in range(first_n, last_n + 1, SLICE_SIZE)]
+    alike = {"event_id": event_id, "lane": int(lane), "due_at": due_at}
+    insert_rows(connection, slices, ("first_n", "last_n"), rows, alike)
 
 
 def room_at_once(connection: Connection, lane: Lane, class_: str, *, width: int, now: int) -> bool:
@@ -95,8 +100,11 @@ def waits_for_plan(connection: Connection, *, now: int, waited: int = 0) -> bool
 
     With `waited` one that was accepted so many microseconds ago.
     """
-    before = now - waited if waited else NEVER
-    return connection.execute(_TO_PLAN, {"now": now, "before": before}).first() is not None
+    return connection.execute(_TO_PLAN, _now(now, waited)).first() is not None
+
+
+def _now(now: int, waited: int) -> dict[str, int]:
+    return {"now": now, "before": now - waited if waited else NEVER}
 
 
 _TO_PLAN = (
@@ -108,30 +116,34 @@ _TO_PLAN = (
 )
 
 
-def retries_due(connection: Connection, *, now: int) -> bool:
-    """Whether deferred mail is due."""
-    return connection.execute(_RETRIES, {"now": now}).first() is not None
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What is due and nobody has begun."""
+
+    plan: bool  # an event waits to be planned
+    retries: bool  # deferred mail is due
+    lanes: Sequence[Lane]  # those with slices that stand in no queue, the most urgent first
 
 
-_RETRIES = (
-    select(deliveries.c.n)
-    .where(deliveries.c.due_at <= bindparam("now"), deliveries.c.status == int(Status.PLANNED))
-    .limit(1)
+def look(connection: Connection, lanes: Collection[Lane], *, now: int, waited: int = 0) -> Waiting:
+    """What is due and nobody has begun, in these lanes: one statement. `waited` is as in `waits_for_plan`."""
+    row = connection.execute(_LOOK, _now(now, waited)).one()
+    fed = [lane for lane, waits in zip(Lane, row[2:], strict=True) if waits and lane in lanes]
+    return Waiting(bool(row[0]), bool(row[1]), fed)
+
+
+def _to_feed(lane: Lane) -> Select[Any]:
+    return (
+        select(slices.c.id)
+        .where(slices.c.lane == int(lane), slices.c.done_at.is_(None), slices.c.due_at <= bindparam("now"))
+        .where(slices.c.queued_at.is_(None), slices.c.owner.is_(None))
+    )
+
+
+_RETRIES = select(deliveries.c.n).where(
+    deliveries.c.due_at <= bindparam("now"), deliveries.c.status == int(Status.PLANNED)
 )
-
-
-def lanes_to_feed(connection: Connection, lanes: Collection[Lane], *, now: int) -> list[Lane]:
-    """Those of the lanes that have slices which are due and stand in no queue, the most urgent first."""
-    waits = {lane: connection.execute(_TO_FEED, {"lane": int(lane), "now": now}).first() for lane in sorted(lanes)}
-    return [lane for lane, row in waits.items() if row is not None]
-
-
-_TO_FEED = (
-    select(slices.c.id)
-    .where(slices.c.lane == bindparam("lane"), slices.c.done_at.is_(None), slices.c.due_at <= bindparam("now"))
-    .where(slices.c.queued_at.is_(None), slices.c.owner.is_(None))
-    .limit(1)
-)
+_LOOK = select(_TO_PLAN.limit(None).exists(), _RETRIES.exists(), *[_to_feed(lane).exists() for lane in Lane])
 
 
 def _any(connection: Connection, query: Select[Any]) -> bool:
@@ -159,9 +171,11 @@ class Taken:
     numbers: Sequence[int]
     mails: int  # in all of them
     first: bool  # none of their lane stood in its queue or was at work before
+    standing: int  # slices that stand there or are at work now
+    whole: bool  # at least half of the mails are there that may be
 
 
-NOTHING_TAKEN = Taken((), 0, first=False)
+NOTHING_TAKEN = Taken((), 0, first=False, standing=0, whole=False)
 
 
 def take(connection: Connection, lane: Lane, *, room: int, now: int, small: int = 1) -> Taken:
@@ -174,33 +188,48 @@ def take(connection: Connection, lane: Lane, *, room: int, now: int, small: int 
     left, space = small * room - standing.slices, SLICE_SIZE * room - standing.mails
     if left <= (small - 1) * room // REFILL or space <= 0:  # small ones are queued many at a time
         return NOTHING_TAKEN
-    chosen, mails = [], 0
-    waiting = _WAITING.where(~_paused(connection)) if pauses_stand(connection) else _WAITING
-    for row in connection.execute(waiting, {"lane": int(lane), "now": now, "left": left}):
-        if mails >= space:
-            break
-        mails += row.last_n - row.first_n + 1
-        chosen.append(row.id)
-    if not chosen:
+    mark = _mark(~_paused(connection)) if standing.paused else _MARK
+    rows = connection.execute(mark, {"fed": int(lane), "now": now, "left": left, "space": space}).all()
+    if not rows:
         return NOTHING_TAKEN
-    # Other workers feed the same lane: each slice is marked, and queued, by one of them.
-    marked = update(slices).where(slices.c.id.in_(chosen), slices.c.queued_at.is_(None)).values(queued_at=now)
-    numbers = sorted(connection.execute(marked.returning(slices.c.id)).scalars())
-    return Taken(numbers, mails, first=standing.slices == 0)
+    mails = sum(row.last_n - row.first_n + 1 for row in rows)
+    slices_now, whole = standing.slices + len(rows), 2 * (standing.mails + mails) >= SLICE_SIZE * room
+    return Taken(sorted(row.id for row in rows), mails, standing.slices == 0, standing=slices_now, whole=whole)
 
 
 _STANDING = select(
     func.count().label("slices"),
     func.coalesce(func.sum(slices.c.last_n - slices.c.first_n + 1), 0).label("mails"),
+    select(pauses.c.scope).exists().label("paused"),
 ).where(slices.c.lane == bindparam("lane"), slices.c.done_at.is_(None), slices.c.queued_at.is_not(None))
-_WAITING = (
-    select(slices.c.id, slices.c.first_n, slices.c.last_n)
-    .join(events, events.c.id == slices.c.event_id)
-    .where(slices.c.lane == bindparam("lane"), slices.c.done_at.is_(None), slices.c.due_at <= bindparam("now"))
-    .where(slices.c.queued_at.is_(None), slices.c.owner.is_(None))
-    .order_by(slices.c.due_at, slices.c.id)
-    .limit(bindparam("left"))
-)
+
+
+def _mark(condition: ColumnElement[bool]) -> ReturningUpdate[Any]:
+    """Marks as queued the first `left` waiting slices of a lane whose events meet a condition, up to `space` mails.
+
+    Other workers feed the same lane: each slice is marked, and queued, by one of them.
+    """
+    waiting = (
+        select(slices.c.id, slices.c.due_at, (slices.c.last_n - slices.c.first_n + 1).label("mails"))
+        .join(events, events.c.id == slices.c.event_id)
+        .where(slices.c.lane == bindparam("fed"), slices.c.done_at.is_(None), slices.c.due_at <= bindparam("now"))
+        .where(slices.c.queued_at.is_(None), slices.c.owner.is_(None), condition)
+        .order_by(slices.c.due_at, slices.c.id)
+        .limit(bindparam("left"))
+        .subquery()
+    )
+    before = func.sum(waiting.c.mails).over(order_by=(waiting.c.due_at, waiting.c.id)) - waiting.c.mails
+    chosen = select(waiting.c.id, before.label("before")).subquery()
+    return (
+        update(slices)
+        .where(slices.c.id.in_(select(chosen.c.id).where(chosen.c.before < bindparam("space"))))
+        .where(slices.c.queued_at.is_(None))
+        .values(queued_at=bindparam("now", type_=BigInteger))
+        .returning(slices.c.id, slices.c.first_n, slices.c.last_n)
+    )
+
+
+_MARK = _mark(true())
 
 
 def forget_queued(connection: Connection, *, before: int, numbers: Sequence[int] | None = None) -> int:

@@ -7,12 +7,14 @@ values of it that differ among the recipients of an event. Sending and previewin
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from operator import itemgetter
-from typing import Any, NamedTuple, cast
+from itertools import repeat
+from operator import gt, itemgetter
+from typing import Any, NamedTuple, TypeVar, cast
 
 from sqlalchemy import Connection, select
 
@@ -25,6 +27,8 @@ from worker.links import Links, Named, contact_identity, delivery_identity, name
 from worker.rendering import Ground, Mail, Variant, list_label, shown_account, shown_name
 from worker.schema import verdict_shapes
 from worker.settings import Settings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,26 +125,27 @@ def gather(
     own = _OWN_SQLITE if connection.dialect.name == "sqlite" else _OWN_POSTGRESQL
     place = "JOIN mailboxes m ON m.id = d.mailbox_id"
     whole = f"d.event_id = :event AND {condition}"
-    rows = _rows(connection, own, f"FROM deliveries d {place} {_SPOKEN_OF} WHERE {whole}", event=event.id, **values)
-    more: list[tuple[Any, ...]] = []
-    if event.scope != "one" and rows:
+    rest = f"FROM deliveries d {place} {_SPOKEN_OF} WHERE {whole}"
+    found = read_columns(connection, (*_GROUND, *own), rest, event=event.id, **values)
+    if any(map(gt, found[_N], found[_N][1:])):  # they come in order, but nothing says so
+        found = list(zip(*sorted(zip(*found, strict=True), key=itemgetter(_N)), strict=True))
+    numbers: Sequence[int] = found[_N]
+    more: list[Sequence[Any]] = [()] * len(_GROUND)
+    if event.scope != "one" and numbers:
         rest = f"FROM more_grounds d {_SPOKEN_OF} WHERE d.event_id = :event AND d.n BETWEEN :first AND :last"
-        first, last = min(row[_N] for row in rows), max(row[_N] for row in rows)
-        more = _rows(connection, (), rest, event=event.id, first=first, last=last)
-    _learn_shapes(connection, {row[_SHAPE] for row in (*rows, *more)} - shapes.keys(), shapes)
-    further: dict[int, list[GroundRow]] = {}
-    for row in sorted(more, key=itemgetter(_N, _ACCOUNT, _CONTACT)):
-        further.setdefault(row[_N], []).append(GroundRow(row[_ACCOUNT], row[_CONTACT], shapes[row[_SHAPE]]))
-    dues, contacts, accounts = [], {}, {}
-    for row in (*rows, *more):
-        if row[_ADDRESSEE] is not None:
-            contacts[row[_CONTACT]] = Addressee._make((row[_CONTACT], *row[_ADDRESSEE:_NAMED]))
-        accounts[row[_ACCOUNT]] = row[_NAMED:_OWN]
-    for row in sorted(rows, key=itemgetter(_N)):
-        n, mailbox, attempts, first_flight_at, reason, key = row[_N], *row[_OWN:]
-        first_ground = GroundRow(row[_ACCOUNT], row[_CONTACT], shapes[row[_SHAPE]])
-        grounds = (first_ground, *further[n]) if n in further else (first_ground,)
-        dues.append(Due(n, mailbox, bytes.fromhex(key), attempts, first_flight_at, grounds, reason))
+        more = read_columns(connection, _GROUND, rest, event=event.id, first=numbers[0], last=numbers[-1])
+    _learn_shapes(connection, {*found[_SHAPE], *more[_SHAPE]} - shapes.keys(), shapes)
+    contacts: dict[int, Contact] = {}
+    accounts: dict[int, tuple[str, str, str]] = {}
+    grounds = list(zip(_spoken_of(found, shapes, contacts, accounts)))
+    if more[_N]:
+        further = defaultdict[int, list[GroundRow]](list)
+        spoken_of = _spoken_of(more, shapes, contacts, accounts)
+        for n, ground in sorted(zip(more[_N], spoken_of, strict=True), key=_in_order):
+            further[n].append(ground)
+        grounds = [(*first, *further.get(n, ())) for n, first in zip(numbers, grounds, strict=True)]
+    boxes, attempts, first_flights, reasons, keys = found[_OWN:]
+    dues = _made(Due, numbers, boxes, map(bytes.fromhex, keys), attempts, first_flights, grounds, reasons)
     members = directory.contacts_of(connection, accounts) if event.category == "approval_request" else {}
     return dues, People(contacts, accounts, members)
 
@@ -154,7 +159,7 @@ def as_planned(
 ) -> tuple[list[Due], People]:
     """What `gather` finds of an event for one account that was planned a moment ago, out of what planned it.
 
-    `planned` is its deliveries as `fanout.planned_now` gives them.
+    `planned` is its deliveries as `fanout.Planning.planned` has them.
     """
     _learn_shapes(connection, {shape for *_, shape in planned} - shapes.keys(), shapes)
     facts = {one.number: one for one in known.facts.contacts}
@@ -172,6 +177,35 @@ def as_planned(
     return dues, People(contacts, accounts, members)
 
 
+def _spoken_of(
+    columns: Sequence[Sequence[Any]],
+    shapes: Mapping[int, Shape],
+    contacts: dict[int, Contact],
+    accounts: dict[int, tuple[str, str, str]],
+) -> list[GroundRow]:
+    """The grounds in columns of `_GROUND`; adds whom they speak of."""
+    numbers = columns[_CONTACT]
+    addressees = _made(Addressee, numbers, *columns[_ADDRESSEE:_NAMED])
+    contacts.update(zip(numbers, addressees, strict=True))
+    if None in columns[_ADDRESSEE]:  # a contact that is gone
+        for number, account in zip(numbers, columns[_ADDRESSEE], strict=True):
+            if account is None:
+                contacts.pop(number, None)
+    accounts.update(zip(columns[_ACCOUNT], zip(*columns[_NAMED:_OWN], strict=True), strict=True))
+    return _made(GroundRow, columns[_ACCOUNT], numbers, map(shapes.__getitem__, columns[_SHAPE]))
+
+
+def _made(kind: type[T], *columns: Iterable[Any]) -> list[T]:
+    """Named tuples of columns, as `kind(*values)` would make each: here no line of Python runs for one."""
+    new: Any = tuple.__new__
+    return list(map(new, repeat(kind), zip(*columns, strict=True)))
+
+
+def _in_order(ground: tuple[int, GroundRow]) -> tuple[int, int, int]:
+    n, (account, contact, _) = ground
+    return n, account, contact
+
+
 _N, _ACCOUNT, _CONTACT, _SHAPE, _ADDRESSEE, _NAMED, _OWN = 0, 1, 2, 3, 4, 13, 16
 #: Where they begin in a row: a ground's numbers, its addressee, its account, what stands in `deliveries` alone.
 _GROUND = (
@@ -185,10 +219,6 @@ _SPOKEN_OF = """
     LEFT JOIN contacts c ON c.id = d.contact_id LEFT JOIN mailboxes b ON b.id = c.mailbox_id
     JOIN accounts a ON a.id = d.account_id
 """
-
-
-def _rows(connection: Connection, own: tuple[str, ...], rest: str, **values: int | list[int]) -> list[tuple[Any, ...]]:
-    return list(zip(*read_columns(connection, (*_GROUND, *own), rest, **values), strict=True))
 
 
 def _learn_shapes(connection: Connection, numbers: set[int], shapes: dict[int, Shape]) -> None:

@@ -53,6 +53,11 @@ TROUBLE_SECONDS = 2.0
 #: How often what hinders this worker is put on record.
 FULL_MICROSECONDS = 50_000
 #: A lane that could take nothing is not looked at again before.
+IN_HAND_SECONDS = 0.02
+#: How often is looked how many slices are in hand: that asks no database.
+STOCKED_MICROSECONDS = 100_000
+#: Nor one in which whole slices stand or are at work, while more than half of them are in hand: each filling is a write
+#: transaction, and what is left keeps every connection busy.
 SMALL = 16
 #: Slices of a mail or two that stand in a server's queue for each whole one: it is asked ten times a second only. A
 #: queue of our own is filled at once, and what stands in it keeps threads from more urgent lanes.
@@ -104,8 +109,9 @@ class Scheduler:
     _next: dict[str, float] = field(default_factory=dict)
     _astray: set[int] = field(default_factory=set)  # slices of ours that nobody here works on, at the last look
     _ended_after: int = 0
-    _rests: dict[Lane, int] = field(default_factory=dict)
+    _rests: dict[Lane, tuple[int, int]] = field(default_factory=dict)  # until when, and until how few are in hand
     _reported: set[tuple[matters.Trouble, str]] = field(default_factory=set)
+    _stocked: Sequence[Lane] = ()  # lanes with more to do that are well filled for now
     _shortage: str | None = None
 
     def __post_init__(self) -> None:
@@ -146,7 +152,7 @@ class Scheduler:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self._woken.wait(HEARING_SECONDS * random.uniform(0.5, 1) if self.hears() else TICK_SECONDS)  # noqa: S311
+            self._wait()
             self._woken.clear()
             try:
                 self.tick()
@@ -157,6 +163,16 @@ class Scheduler:
                 logger.exception("scheduler.failed", why=str(error), tried_again_in_seconds=1)
                 self._stopping.wait(1.0)
             self._stopping.wait(CROWDED_SECONDS if self.crowded and not self.alone else REST_SECONDS)
+
+    def _wait(self) -> None:
+        """Wait until something may be due: somebody says so, a lane was well filled and is no more, or time is over."""
+        while self._stocked and not self._stopping.is_set():
+            if self._woken.wait(IN_HAND_SECONDS):
+                return
+            now = self.clock()
+            if not all(self._rests_now(lane, now) for lane in self._stocked):
+                return
+        self._woken.wait(HEARING_SECONDS * random.uniform(0.5, 1) if self.hears() else TICK_SECONDS)  # noqa: S311
 
     def tick(self) -> None:
         """Look once, and do what is due: mail first, then what is done now and then, whatever became of the mail."""
@@ -182,15 +198,19 @@ class Scheduler:
         """Plan, gather and queue what is due."""
         now = self.clock()
         with self.database.read() as connection:
-            plan = feeding.waits_for_plan(connection, now=now, waited=self.patience)
-            retries = feeding.retries_due(connection, now=now)
-            lanes = feeding.lanes_to_feed(connection, self.width, now=now) if self.sends else []
-        at_once = [now >= self._rests.get(lane, 0) and self._fill(lane, now) for lane in lanes]
-        self.crowded = not all(at_once)
-        if plan and (self._planner is None or not self._planner.is_alive()):
+            waiting = feeding.look(connection, self.width if self.sends else (), now=now, waited=self.patience)
+        at_once = [not self._rests_now(lane, now) and self._fill(lane, now) for lane in waiting.lanes]
+        # What rests is looked at when it was to be: whoever finishes a slice need not tell.
+        self._stocked = [
+            lane for lane in waiting.lanes if self._rests.get(lane, (0, -1))[1] >= 0 and now < self._rests[lane][0]
+        ]
+        self.crowded = any(
+            not begun and lane not in self._stocked for lane, begun in zip(waiting.lanes, at_once, strict=True)
+        )
+        if waiting.plan and (self._planner is None or not self._planner.is_alive()):
             self._planner = threading.Thread(target=self._plan, name="planner", daemon=True)
             self._planner.start()
-        if retries:
+        if waiting.retries:
             with self.database.write() as connection:
                 feeding.gather_retries(connection, now=now)
             self.wake()
@@ -309,6 +329,11 @@ class Scheduler:
         with self.database.write() as connection:
             feeding.forget_queued(connection, before=ledger.NEVER)
 
+    def _rests_now(self, lane: Lane, now: int) -> bool:
+        """Whether a lane need not be filled yet: it rests, and more slices are in hand than it was to come down to."""
+        until, few = self._rests.get(lane, (0, 0))
+        return now < until and len(self.in_hand()) > few
+
     def _fill(self, lane: Lane, now: int) -> bool:
         """Queue what is due in a lane; whether it could be begun at once."""
         width = self.width[lane]
@@ -317,8 +342,10 @@ class Scheduler:
             small = 1 if self.alone else SMALL
             taken = feeding.take(connection, lane, room=width * workers, small=small, now=now)
         if not taken.numbers:  # the queue is full, or what waits is paused: whoever finishes a slice makes room
-            self._rests[lane] = now + FULL_MICROSECONDS
+            self._rests[lane] = now + FULL_MICROSECONDS, -1
             return False
+        if taken.whole:
+            self._rests[lane] = now + STOCKED_MICROSECONDS, min(width, taken.standing // workers) // 2
         if taken.first and len(taken.numbers) <= width and taken.mails <= AT_ONCE_MAILS:
             self.deliver(taken.numbers)
             return True
