@@ -320,12 +320,14 @@ def test_an_event_in_a_process_that_works_needs_no_scheduler_and_no_queue(
             until(lambda number=number: states(app, number + 1) == {"accepted": 1})  # type: ignore[misc]
 
 
-def room(app: App, engine: Engine, lane: Lane = Lane.URGENT, class_: str = "operational") -> bool:
+def room(
+    app: App, engine: Engine, lane: Lane = Lane.URGENT, class_: str = "operational", account: str = "acme"
+) -> bool:
     with app.database.read() as connection:
-        return engine.room(connection, lane, class_, now=app.clock())
+        return engine.room(connection, lane, class_, account, now=app.clock())
 
 
-@pytest.mark.parametrize(("scope", "value"), [("all", ""), ("class", "operational")])
+@pytest.mark.parametrize(("scope", "value"), [("all", ""), ("class", "operational"), ("account", "acme")])
 def test_what_is_paused_is_not_begun(tmp_path: Path, server: SmtpServer, scope: str, value: str) -> None:
     with vendor(tmp_path, server) as app, working(app) as engine:
         assert room(app, engine)
@@ -333,6 +335,7 @@ def test_what_is_paused_is_not_begun(tmp_path: Path, server: SmtpServer, scope: 
             connection.execute(insert(pauses).values(scope=scope, value=value, by="test", at=1))
         assert not room(app, engine)
         assert room(app, engine, class_="security") == (scope == "class")
+        assert room(app, engine, account="globex") == (scope == "account")
         publish(app, event("file.failed"))
         assert engine.until_idle(seconds=20)
         assert server.accepted == []
@@ -361,7 +364,7 @@ def test_who_waits_in_a_lane_comes_first(database: Database, tmp_path: Path) -> 
 
     def may(lane: Lane) -> bool:
         with app.database.read() as connection:
-            return feeding.room_at_once(connection, lane, "operational", width=4, now=app.clock())
+            return feeding.room_at_once(connection, lane, "operational", "acme", width=4, now=app.clock())
 
     assert may(Lane.URGENT)
     publish(app, event("file.failed"))

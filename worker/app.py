@@ -362,7 +362,8 @@ class Engine:
 
         Before the commit nobody else sees the claim; from then on it must be known to be worked on.
         """
-        if self._sender is None or not self.room(planning.connection, event.lane, event.class_, now=now):
+        account = known.facts.id if known is not None else ""
+        if self._sender is None or not self.room(planning.connection, event.lane, event.class_, account, now=now):
             return None
         taken = self._sender.take_new(planning, event, mails=mails, guard=guard, known=known)
         if taken is not None:
@@ -374,17 +375,18 @@ class Engine:
         if self._loop is not None:
             with suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._begin_taken, taken)
+            time.sleep(0)  # else this thread keeps Python's lock until it waits for something
 
     def forget(self, taken: Sequence[Taken]) -> None:
         """What was taken is not known to be committed: where it is after all, `rescue` frees it."""
         self._in_hand.difference_update([one.slice_id for one in taken])
 
-    def room(self, connection: Connection, lane: Lane, class_: str, *, now: int) -> bool:
-        """Whether a slice may be begun without the queue."""
+    def room(self, connection: Connection, lane: Lane, class_: str, account: str, *, now: int) -> bool:
+        """Whether a slice for an account may be begun without the queue."""
         if lane not in self.lanes or not self.may_send():
             return False
         ending = self._sender.settler.ending[lane] if self._sender is not None else 0
-        return feeding.room_at_once(connection, lane, class_, width=self._wide[lane] + ending, now=now)
+        return feeding.room_at_once(connection, lane, class_, account, width=self._wide[lane] + ending, now=now)
 
     def deliver(self, slice_ids: Sequence[int]) -> None:
         """Begin slices that are marked as queued; one that can't be begun any more is queued again by `rescue`."""

@@ -156,8 +156,8 @@ class Sender:
         """Claim a new event's mails, the last that were planned, and begin the first flight, before the commit.
 
         `guard` is the one that stood before its facts were read, `known` its account where that was read with its
-        people. None where a relay does not work: its mails take the usual way. May be called on any thread; after the
-        commit `deliver_taken` goes on.
+        people; nothing is paused that concerns it. None where a relay does not work: its mails take the usual way. May
+        be called on any thread; after the commit `deliver_taken` goes on.
         """
         relays, connection = self.relays.all, planning.connection
         if not all(relay.works for relay in relays):
@@ -167,7 +167,8 @@ class Sender:
         # A verdict's shape that is new has a number only if this is committed: who remembers numbers must not see it.
         if known is None or mails > FLIGHT or planning.new_shapes:
             return Taken(work, None)
-        self._see(connection, work, *as_planned(connection, event, planning.planned, known, self._shapes))
+        dues, people = as_planned(connection, event, planning.planned, known, self._shapes)
+        self._see(connection, work, dues, people, check=False)
         return Taken(work, self._begin(connection, work=work, relays=relays) if work.dues else None)
 
     async def deliver_taken(self, taken: Taken, *, alone: bool = True) -> None:
@@ -292,13 +293,14 @@ class Sender:
         A delivery keeps the grounds that still stand, and goes out while there is one (design, principle 3).
         """
         dues, people = gather(connection, work.event, condition, values, self._shapes)
-        self._see(connection, work, dues, people, moved=guard != work.guard)
+        check = guard != work.guard or self._an_account_is_paused(connection, people)
+        self._see(connection, work, dues, people, check=check)
         work.guard = guard
 
-    def _see(self, connection: Connection, work: Work, dues: list[Due], people: People, *, moved: bool = False) -> None:
-        """Take these for what a slice owes; where the guard `moved`, find those that may not be sent any more."""
+    def _see(self, connection: Connection, work: Work, dues: list[Due], people: People, *, check: bool) -> None:
+        """Take these for what a slice owes, and find those that may not be sent: with `check` in the ledger too."""
         work.dues, work.people, work.withdrawn, work.looked = dues, people, {}, True
-        if moved or self._an_account_is_paused(connection, people):
+        if check:
             self._check(connection, work)
         if self._may_keep_back(work.event):
             for due in work.dues:

@@ -45,9 +45,12 @@ def make_slices(
     insert_rows(connection, slices, ("first_n", "last_n"), rows, alike)
 
 
-def room_at_once(connection: Connection, lane: Lane, class_: str, *, width: int, now: int) -> bool:
-    """Whether a new slice may be begun without the queue: fewer than `width` are at work, nobody waits, no pause."""
-    asked = {"lane": int(lane), "now": now, "width": width, "class_": class_}
+def room_at_once(connection: Connection, lane: Lane, class_: str, account: str, *, width: int, now: int) -> bool:
+    """Whether a new slice for an account may be begun without the queue.
+
+    So it is where fewer than `width` are at work, nobody waits, and nothing is paused that concerns it.
+    """
+    asked = {"lane": int(lane), "now": now, "width": width, "class_": class_, "account": account}
     undone, queued, pauses = connection.execute(_AT_WORK, asked).one()
     return bool(undone < width and undone == queued and not pauses)
 
@@ -55,7 +58,8 @@ def room_at_once(connection: Connection, lane: Lane, class_: str, *, width: int,
 _AT_WORK = text(
     """
     SELECT count(*), count(queued_at),
-      (SELECT count(*) FROM pauses WHERE scope = 'all' OR (scope = 'class' AND value = :class_))
+      (SELECT count(*) FROM pauses WHERE scope = 'all' OR (scope = 'class' AND value = :class_)
+        OR (scope = 'account' AND value = :account))
     FROM (SELECT queued_at FROM slices WHERE lane = :lane AND done_at IS NULL AND due_at <= :now LIMIT :width) undone
     """
 )
