@@ -413,6 +413,7 @@ class Channel(asyncio.Protocol):
         nothing can be read from the time between two answers.
         """
         now = self._loop.time()
+        self._round_trip = min(self._round_trip, now - mail.written_at)  # it was measured while much began
         each = (now - max(mail.written_at + self._round_trip, self._answered_at)) / mail.group
         self._answered_at = now
         enough = WINDOW if each < QUICK_SECONDS else NARROW + int(2 * self._round_trip / each)
