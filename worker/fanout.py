@@ -4,10 +4,11 @@ Promises: every contact of every account concerned has a stored verdict with its
 per event however many accounts give a reason for it (each is a ground); a page and its checkpoint are one transaction,
 so that a crash resumes where it stopped; memory does not grow with the audience.
 
-A page is read and resolved in a reading transaction and written in a short one, so that publishers are hardly kept
-waiting. What changes in between is seen by the senders as what changes later is: the event's guard was taken before
-its first page. A delivery whose mailbox no other contact has is released with its page; the others are when the event
-is wholly planned, so that each mail knows all its grounds.
+Accounts of one constellation, whose contacts stand alike, are resolved once, by the same resolver. A page is read and
+resolved in a reading transaction and written in a short one, so that publishers are hardly kept waiting. What changes
+in between is seen by the senders as what changes later is: the event's guard was taken before its first page. A
+delivery whose mailbox no other contact has is released with its page; the others are when the event is wholly
+planned, so that each mail knows all its grounds.
 """
 
 from __future__ import annotations
