@@ -343,7 +343,7 @@ def test_a_cancelled_event_is_planned_no_further_and_keeps_what_was_sent(databas
         sent = ledger.Settlement(
             1, 1, taken.slice_id, taken.epoch, flight, ledger.Status.ACCEPTED, None, True, None, "r", "250", NOW, NOW
         )
-        assert ledger.settle(connection, WORKER, [sent]) == 1
+        assert ledger.settle(connection, WORKER, ledger.arrange([sent], dialect=database.dialect)) == 1
         ledger.land(connection, [flight])
         assert decisions.cancel(connection, 1, by="cli:test", now=NOW) == 2
         assert owed(connection, taken) == []

@@ -56,7 +56,7 @@ def outcome(taken: Claim, n: int, status: Status, *, due_at: int | None = None) 
 
 def settle(database: Database, owner: int, *settlements: Settlement) -> int:
     with database.write() as connection:
-        return ledger.settle(connection, owner, settlements)
+        return ledger.settle(connection, owner, ledger.arrange(settlements, dialect=database.dialect))
 
 
 def statuses(database: Database) -> list[int]:
@@ -242,7 +242,8 @@ def test_deferred_mail_comes_back_in_a_slice_of_its_own_when_it_is_due(database:
         assert retry is not None
         assert retry.members == (2,)
         assert owed(connection, retry) == [2]
-        ledger.settle(connection, me, [outcome(retry, 2, Status.ACCEPTED)])
+        late = [outcome(retry, 2, Status.ACCEPTED)]
+        ledger.settle(connection, me, ledger.arrange(late, dialect=database.dialect))
         ledger.finish(connection, retry, me, now=NOW)
         assert feeding.ended(connection) == ([], 0), "its last slice ended it"
         assert connection.execute(select(events.c.status)).scalar_one() == "done"

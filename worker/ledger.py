@@ -194,42 +194,86 @@ def raise_guard(connection: Connection) -> None:
     connection.execute(update(installation).values(guard=installation.c.guard + 1))
 
 
-def settle(connection: Connection, worker: int, settlements: Sequence[Settlement]) -> int:
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """What became of deliveries, sorted and written down before the transaction that records it: others wait for it."""
+
+    settlements: Sequence[Settlement]
+    groups: Sequence[tuple[Settlement, int, Mapping[str, object]]]  # alike: one of them, how many, as one statement's
+
+
+def arrange(settlements: Sequence[Settlement], *, dialect: str) -> Outcomes:
+    """Put together what one statement writes on a database of this kind.
+
+    SQLite reads the rows of a statement out of one JSON text: what is over by number and time of flight (the key) and
+    reply, which takes half the time, what goes again with its times. PostgreSQL takes them as arrays.
+    """
+    groups: dict[tuple[Any, ...], list[Settlement]] = {}
+    for one in settlements:
+        groups.setdefault((one.event_id, one.status, one.reason, one.attempted, one.relay), []).append(one)
+    written = []
+    for alike in groups.values():
+        first, rows = alike[0], dict[str, object]()
+        flown = [one.flown_at if one.attempted else 0 for one in alike]
+        if dialect != "sqlite":
+            rows["numbers"] = [one.n for one in alike]
+            rows["replies"] = [one.reply for one in alike]
+            rows["times"] = [one.due_at for one in alike]
+            rows["flown"] = flown
+        elif first.status is not Status.PLANNED:
+            rows["rows"] = json.dumps({f"{one.n} {at}": one.reply for one, at in zip(alike, flown, strict=True)})
+        else:
+            rows["rows"] = json.dumps(
+                {one.n: [one.reply, one.due_at, at] for one, at in zip(alike, flown, strict=True)}
+            )
+        rows |= {"e": first.event_id, "to": int(first.status), "why": first.reason, "by": first.relay}
+        rows["settled"] = alike[-1].at if first.status is not Status.PLANNED else None
+        written.append((first, len(alike), rows))
+    return Outcomes(settlements, written)
+
+
+def settle(connection: Connection, worker: int, outcomes: Outcomes) -> int:
     """Record what became of deliveries, by compare-and-set; returns how many rows changed.
 
     A delivery that left `planned` is not written again. Where the claim was lost meanwhile, an acceptance is still
     recorded (it stops a copy not yet begun, and overrides what was held as unknown or withdrawn in flight), everything
     else is left to the new owner.
     """
-    # An acceptance is recorded whoever has the claim; on PostgreSQL slices are locked before their mails all the same.
-    locks = connection.dialect.name != "sqlite"
-    asked = {(one.slice_id, one.epoch) for one in settlements if locks or one.status is not Status.ACCEPTED}
-    held = _held(connection, asked, worker) if asked else set()
-    groups: dict[tuple[Any, ...], list[Settlement]] = {}
-    for one in settlements:
-        if one.status is Status.ACCEPTED or (one.slice_id, one.epoch) in held:
-            groups.setdefault((one.event_id, one.status, one.reason, one.attempted, one.relay), []).append(one)
+    outcomes = _still_ours(connection, worker, outcomes)
     counts: Counter[tuple[int, Status]] = Counter()
     noted: Counter[tuple[int, str]] = Counter()
     changed = 0
-    for (event_id, status, reason, _, _), alike in groups.items():
-        count = _record(connection, alike, before=Status.PLANNED)
+    for first, wanted, rows in outcomes.groups:
+        event_id, status = first.event_id, first.status
+        count = _record(connection, first, rows, before=Status.PLANNED)
         changed += count
-        if reason is not None:
-            noted[event_id, reason] += count
+        if first.reason is not None:
+            noted[event_id, first.reason] += count
         if status is not Status.PLANNED:
             counts[event_id, status] += count
             counts[event_id, Status.PLANNED] -= count
-        if status is Status.ACCEPTED and count < len(alike):
+        if status is Status.ACCEPTED and count < wanted:
             for before, why in _OVERRIDDEN.items():
-                late = _record(connection, alike, before=before, why=why)
+                late = _record(connection, first, rows, before=before, why=why)
                 changed += late
                 counts[event_id, status] += late
                 counts[event_id, before] -= late
     add_tallies(connection, worker, counts)
     if noted:
-        matters.note(connection, worker, noted, now=settlements[0].at)
+        matters.note(connection, worker, noted, now=outcomes.settlements[0].at)
     return changed
+
+
+def _still_ours(connection: Connection, worker: int, outcomes: Outcomes) -> Outcomes:
+    """Without those that are left to whoever has their claim now."""
+    # An acceptance is recorded whoever has the claim; on PostgreSQL slices are locked before their mails all the same.
+    locks, settlements = connection.dialect.name != "sqlite", outcomes.settlements
+    if not locks and all(first.status is Status.ACCEPTED for first, _, _ in outcomes.groups):
+        return outcomes
+    asked = {(one.slice_id, one.epoch) for one in settlements if locks or one.status is not Status.ACCEPTED}
+    lost = asked - _held(connection, asked, worker)
+    left = [one for one in settlements if one.status is Status.ACCEPTED or (one.slice_id, one.epoch) not in lost]
+    return arrange(left, dialect=connection.dialect.name) if len(left) < len(settlements) else outcomes
 
 
 def _held(connection: Connection, claims: Iterable[tuple[int, int]], worker: int) -> set[tuple[int, int]]:
@@ -250,48 +294,45 @@ _OVERRIDDEN = {Status.HELD: "unknown", Status.CANCELLED: CANCELLED}
 #: What an acceptance that is learnt late overrides (status and reason): it is what happened.
 
 
-def _record(connection: Connection, alike: Sequence[Settlement], *, before: Status, why: str | None = None) -> int:
-    """Write outcomes that differ in number, reply and times alone, where their deliveries stand as `before`.
+def _record(
+    connection: Connection, first: Settlement, rows: Mapping[str, object], *, before: Status, why: str | None = None
+) -> int:
+    """Write outcomes that are alike where their deliveries stand as `before`; returns how many rows changed.
 
-    One statement for all of them. SQLite reads them out of one JSON text, row by row, and must get the event from there
-    too: else it would walk through all deliveries of the event for each. PostgreSQL, which would do so anyway
-    (performance.md, 2), looks each row up by its key and then in arrays. Returns how many rows changed.
+    On SQLite the event, too, seems to come from the rows: else it would walk through all its deliveries for each.
+    PostgreSQL, which would do so anyway (performance.md, 2), looks each row up by its key and then in arrays.
     """
-    first = alike[0]
-    values = {
-        "to": int(first.status),
-        "why": first.reason,
-        "made": int(first.attempted) if before is Status.PLANNED else 0,
-        "settled": alike[-1].at if first.status is not Status.PLANNED else None,
-        "by": first.relay,
-        "before": int(before),
-        "because": why,
-    }
-    if connection.dialect.name == "sqlite":
-        rows = [(one.event_id, one.n, one.reply, one.due_at, one.flown_at if one.attempted else None) for one in alike]
-        return connection.execute(_RECORD_SQLITE, values | {"rows": json.dumps(rows)}).rowcount
-    arrays = {
-        "e": first.event_id,
-        "numbers": [one.n for one in alike],
-        "replies": [one.reply for one in alike],
-        "times": [one.due_at for one in alike],
-        "flown": [one.flown_at if one.attempted else None for one in alike],
-    }
-    return connection.execute(_RECORD_POSTGRESQL, values | arrays).rowcount
+    made = int(first.attempted and before is Status.PLANNED)
+    if connection.dialect.name != "sqlite":
+        statement = _RECORD_POSTGRESQL
+    else:
+        statement = _AGAIN_SQLITE if first.status is Status.PLANNED else _OVER_SQLITE
+    return connection.execute(statement, {**rows, "made": made, "before": int(before), "because": why}).rowcount
 
 
 _RECORD = """
     UPDATE deliveries SET status = :to, reason = :why, due_at = {due_at}, retry_slice = NULL,
-      attempts = attempts + :made, first_flight_at = coalesce(first_flight_at, {flown_at}),
+      attempts = attempts + :made, first_flight_at = coalesce(first_flight_at, nullif({flown_at}, 0)),
       settled_at = :settled, relay = coalesce(CAST(:by AS text), relay), reply = coalesce({reply}, reply)
     {found} AND status = :before AND (CAST(:because AS text) IS NULL OR reason = CAST(:because AS text))
 """
-_RECORD_SQLITE = text(
+_FOUND_SQLITE = """
+    FROM json_each(:rows) WHERE event_id = CASE WHEN key IS NULL THEN NULL ELSE :e END AND n = CAST(key AS integer)
+"""
+_OVER_SQLITE = text(
     _RECORD.format(
-        due_at="json_extract(value, '$[3]')",
-        flown_at="json_extract(value, '$[4]')",
-        reply="json_extract(value, '$[2]')",
-        found="FROM json_each(:rows) WHERE event_id = json_extract(value, '$[0]') AND n = json_extract(value, '$[1]')",
+        due_at="NULL",
+        flown_at="CAST(substr(key, instr(key, ' ')) AS integer)",
+        reply="value",
+        found=_FOUND_SQLITE,
+    )
+)
+_AGAIN_SQLITE = text(
+    _RECORD.format(
+        due_at="json_extract(value, '$[1]')",
+        flown_at="json_extract(value, '$[2]')",
+        reply="json_extract(value, '$[0]')",
+        found=_FOUND_SQLITE,
     )
 )
 _PLACE = "array_position(CAST(:numbers AS integer[]), n)"

@@ -166,9 +166,11 @@ class Settler:
         whole_flights = {one.flight_id for one in batch if one.slice_id in whole}
         open_ones = [flight_id for flight_id in landed if flight_id not in whole_flights]
 
+        outcomes = ledger.arrange(batch, dialect=self.writer.dialect)
+
         def record(connection: Connection) -> list[bool]:
             if batch:
-                ledger.settle(connection, self.worker, batch)
+                ledger.settle(connection, self.worker, outcomes)
                 ledger.land(connection, open_ones)
                 destinations.record(connection, learnt, now=batch[-1].at)
             for work in besides:

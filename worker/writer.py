@@ -32,6 +32,11 @@ class Writer:
         self._waiting: queue.SimpleQueue[tuple[Callable[[Connection], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
 
+    @property
+    def dialect(self) -> str:
+        """The kind of database that is written."""
+        return self._database.dialect
+
     def start(self) -> None:
         """Begin to write."""
         self._thread.start()
