@@ -11,6 +11,8 @@ hosts work, the server's clock counts (`Database.clock`), so that a host whose c
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import sqlite3
 import threading
@@ -35,8 +37,11 @@ Clock = Callable[[], int]
 BUSY_SECONDS = 15.0
 #: How long a writer waits for another process before it gives up.
 
+LOOK_SECONDS = 0.0003
+#: How often it looks whether the other one is done.
+
 AT_ONCE_SECONDS = 0.1
-#: For so long it looks again some thousand times a second, then a hundred times.
+#: After so long it looks a hundred times a second only.
 
 STALL_SECONDS = 20
 #: After so long at the most PostgreSQL ends a transaction whose process stopped in the middle: its locks would stop
@@ -82,7 +87,8 @@ class Database:
         self.url = url
         self.dialect = _dialect(url)
         self.path = _sqlite_path(url) if self.dialect == "sqlite" else None
-        self.engine = _sqlite_engine(url) if self.dialect == "sqlite" else _postgresql_engine(url, stall_seconds)
+        self._turn = _Turn(self.path) if self.path is not None else None
+        self.engine = _sqlite_engine(url, self._turn) if self._turn else _postgresql_engine(url, stall_seconds)
         self.clock: Clock = system_clock if self.dialect == "sqlite" else _ServerClock()
         self._writer = threading.Lock()
         self._writes: Connection | None = None  # the one that SQLite is written by, kept open
@@ -116,8 +122,10 @@ class Database:
             try:
                 with connection.begin():
                     yield connection
-            except BaseException:
-                self._write_by_another()  # whatever state this one is in
+            except BaseException as error:
+                driver = cast("sqlite3.Connection", connection.connection.driver_connection)
+                if isinstance(error, DBAPIError) or driver.in_transaction:
+                    self._write_by_another()  # whatever state this one is in
                 raise
 
     def _write_by(self) -> Connection:
@@ -173,6 +181,8 @@ class Database:
         with self._writer:
             self._write_by_another()
         self.engine.dispose()
+        if self._turn is not None:
+            self._turn.close()
 
 
 class _ServerClock:
@@ -228,7 +238,7 @@ def _sqlite_options(url: str) -> dict[str, str]:
     return options
 
 
-def _sqlite_engine(url: str) -> Engine:
+def _sqlite_engine(url: str, turn: _Turn) -> Engine:
     options = _sqlite_options(url)
     path = url.removeprefix("sqlite:///").partition("?")[0]
     read_only = options.get("mode") == "ro"
@@ -264,28 +274,70 @@ def _sqlite_engine(url: str) -> Engine:
         # IMMEDIATE: a writer that began as a reader could not become one while another writes.
         if not connection.get_execution_options().get("rolecast_writes", False):
             connection.exec_driver_sql("BEGIN")
-        elif not _begin_to_write(cast("sqlite3.Connection", connection.connection.driver_connection)):
+        elif not _begin_to_write(cast("sqlite3.Connection", connection.connection.driver_connection), turn):
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
 
 
-def _begin_to_write(raw: sqlite3.Connection) -> bool:
+def _begin_to_write(raw: sqlite3.Connection, turn: _Turn) -> bool:
     """Begin to write as soon as another process ends; False where that takes too long, or can't be at all.
 
     Transactions of workers take a millisecond or two, and SQLite itself would look again after 1, 2, 5, 10 ... of them.
+    Processes look in turn, so that who has just written does not come before who waited.
     """
     began = time.monotonic()
-    while True:
-        try:
-            raw.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as error:
-            waited = time.monotonic() - began
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or waited > BUSY_SECONDS:
-                return False  # whoever asks once more is told, in words
-            time.sleep(0.0003 if waited < AT_ONCE_SECONDS else 0.01)
-        else:
-            return True
+    while not (ours := turn.take()) and time.monotonic() - began < AT_ONCE_SECONDS:
+        time.sleep(LOOK_SECONDS)
+    try:
+        while True:
+            try:
+                raw.execute("BEGIN IMMEDIATE")
+            except sqlite3.Error as error:
+                waited = time.monotonic() - began
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or waited > BUSY_SECONDS:
+                    return False  # whoever asks once more is told, in words
+                time.sleep(LOOK_SECONDS if waited < AT_ONCE_SECONDS else 0.01)
+            else:
+                return True
+    finally:
+        if ours:
+            turn.end()
+
+
+class _Turn:
+    """Who waits for SQLite's lock next, for as long as it waits: a lock on a file beside the database.
+
+    SQLite gives its lock to whoever asks at the right moment: a process that has just written would have it again
+    before one that looks for it from time to time. Nothing depends on a turn: one that does not come is done without.
+    """
+
+    def __init__(self, database: Path) -> None:
+        self._path = database.with_name(database.name + ".turn")
+        self._file: int | None = None
+
+    def take(self) -> bool:
+        """Whether it is nobody else's turn; it is ours from then on."""
+        with suppress(OSError):  # a folder in which we can't write, a file system without locks
+            if self._file is None:
+                self._file = os.open(self._path, os.O_RDONLY | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    def end(self) -> None:
+        """Let another have it."""
+        if self._file is not None:
+            with suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
 
 def _write_ahead(raw: sqlite3.Connection) -> None:

@@ -99,6 +99,31 @@ def test_a_writer_waits_for_another_process_and_then_says_so(
     second.close()
 
 
+def test_who_waited_writes_before_the_process_that_has_just_written(sqlite_database: Database) -> None:
+    other, turns, over = Database(sqlite_database.url), [0], threading.Event()
+
+    def write_again_and_again() -> None:
+        while not over.is_set():
+            with other.write():
+                turns[0] += 1
+                time.sleep(0.02)
+
+    busy = threading.Thread(target=write_again_and_again)
+    busy.start()
+    passed = []
+    try:
+        for _ in range(9):
+            time.sleep(0.005)
+            asked = turns[0]
+            with sqlite_database.write():
+                passed.append(turns[0] - asked)
+    finally:
+        over.set()
+        busy.join()
+        other.close()
+    assert sorted(passed)[4] <= 1, f"so often another one came first: {passed}"
+
+
 def test_a_commit_survives_the_loss_of_power(sqlite_database: Database) -> None:
     with sqlite_database.write() as connection:
         assert connection.execute(text("PRAGMA synchronous")).scalar_one() == 2
