@@ -19,6 +19,8 @@ from sqlalchemy import Connection
 from subscriptions.database import Database
 
 T = TypeVar("T")
+Piece = tuple[Callable[[Connection], Any], Future[Any]]
+"""Work, and who waits for it."""
 
 MOST = 64
 #: Pieces of work in a transaction at the most: a publisher in another process waits for no more than these.
@@ -29,7 +31,7 @@ class Writer:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._waiting: queue.SimpleQueue[tuple[Callable[[Connection], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
 
     @property
@@ -57,35 +59,39 @@ class Writer:
         return await asyncio.wrap_future(self.submit(work))
 
     def _run(self) -> None:
-        stopping = False
-        while not stopping:
-            pieces = []
-            piece = self._waiting.get()
-            while piece is not None:
-                pieces.append(piece)
-                if len(pieces) >= MOST:
-                    break
-                try:
-                    piece = self._waiting.get_nowait()
-                except queue.Empty:
-                    break
-            else:
-                stopping = True
+        while (piece := self._waiting.get()) is not None:
             # Whoever gave up waiting before the work began does without it; from here on it can't be cancelled.
-            wanted = [(work, future) for work, future in pieces if future.set_running_or_notify_cancel()]
-            if wanted:
-                self._commit(wanted)
+            if piece[1].set_running_or_notify_cancel():
+                self._commit(piece)
 
-    def _commit(self, pieces: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
+    def _commit(self, first: Piece, *, alone: bool = False) -> None:
+        """Begin, which may mean to wait for another process, and only then look what else came."""
+        pieces = [first]
         try:
             with self._database.write() as connection:
+                pieces += [] if alone else self._rest()
                 results = [work(connection) for work, _ in pieces]
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to whoever asked
             if len(pieces) == 1:
-                pieces[0][1].set_exception(error)
+                first[1].set_exception(error)
                 return
             for piece in pieces:
-                self._commit([piece])
+                self._commit(piece, alone=True)
             return
         for (_, future), result in zip(pieces, results, strict=True):
             future.set_result(result)
+
+    def _rest(self) -> list[Piece]:
+        """What waits besides the first piece of a transaction."""
+        pieces: list[Piece] = []
+        while len(pieces) < MOST - 1:
+            try:
+                piece = self._waiting.get_nowait()
+            except queue.Empty:
+                break
+            if piece is None:
+                self._waiting.put(None)  # the end comes after this transaction
+                break
+            if piece[1].set_running_or_notify_cancel():
+                pieces.append(piece)
+        return pieces
