@@ -314,7 +314,9 @@ class Engine:
         host_name = settings.public_host.partition(":")[0] or socket.gethostname()
         lanes = len(self.lanes)
         self._relays = Relays([Relay(relay, host_name=host_name, lanes=lanes) for relay in settings.relay_urls])
-        composer = self.app.composer()
+        composer, renderer = self.app.composer(), self.app.renderer()
+        if settings.relay_urls:
+            renderer.prepare()
         with self.app.database.read() as connection:
             address_key = directory.address_key(connection)
         self._sender = Sender(
@@ -322,7 +324,7 @@ class Engine:
             database=self.app.database,
             planner=self.app.planner,
             composer=composer,
-            press=Press(composer, self.app.renderer(), address_key),
+            press=Press(composer, renderer, address_key),
             relays=self._relays,
             writer=self._writer,
             settler=Settler(self._writer, self.number),

@@ -14,6 +14,7 @@ import binascii
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from decimal import Decimal, InvalidOperation
@@ -35,6 +36,7 @@ from worker.event_fields import ATTACHMENT_TYPES, MAX_ATTACHMENT_BYTES, instant
 from worker.markdown import markdown_html
 from worker.masking import WITHHELD
 from worker.sandbox import (
+    BASE,
     STYLE,
     Sandbox,
     TemplateRefused,
@@ -217,6 +219,17 @@ class Renderer:
         )
         self._tracing = tracing(self._environment)
         self._seen: _Seen = ({}, "direct", ({}, []))
+
+    def prepare(self) -> None:
+        """Compile what all templates share, for the first mail would otherwise take a fifth of a second.
+
+        What has a fault is left to be found by whoever renders it.
+        """
+        for name in sorted({path.stem for root in self._roots for path in (root / BASE).glob("*.txt")}):
+            for suffix in (".txt", ".html"):
+                with suppress(TemplateError, TemplateRefused):
+                    self._environment.get_template(f"{BASE}{name}{suffix}")
+                    self._tracing.get_template(f"{BASE}{name}{suffix}")
 
     def render(self, mail: Mail, *, outline: Outline | None = None) -> Email:
         """The email that `mail` describes; an outline of such mails makes it cheaper. Raises RenderError."""
