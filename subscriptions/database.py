@@ -123,15 +123,14 @@ class Database:
                 with connection.begin():
                     yield connection
             except BaseException as error:
-                driver = cast("sqlite3.Connection", connection.connection.driver_connection)
-                if isinstance(error, DBAPIError) or driver.in_transaction:
+                if isinstance(error, DBAPIError) or _driver(connection).in_transaction:
                     self._write_by_another()  # whatever state this one is in
                 raise
 
     def _write_by(self) -> Connection:
         """The connection that SQLite is written by: it never waits in SQLite, so that `_begin_to_write` can."""
         self._writes = self.engine.connect().execution_options(rolecast_writes=True)
-        cast("sqlite3.Connection", self._writes.connection.driver_connection).execute("PRAGMA busy_timeout=0")
+        _driver(self._writes).execute("PRAGMA busy_timeout=0")
         return self._writes
 
     def _write_by_another(self) -> None:
@@ -274,10 +273,14 @@ def _sqlite_engine(url: str, turn: _Turn) -> Engine:
         # IMMEDIATE: a writer that began as a reader could not become one while another writes.
         if not connection.get_execution_options().get("rolecast_writes", False):
             connection.exec_driver_sql("BEGIN")
-        elif not _begin_to_write(cast("sqlite3.Connection", connection.connection.driver_connection), turn):
+        elif not _begin_to_write(_driver(connection), turn):
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
+
+
+def _driver(connection: Connection) -> sqlite3.Connection:
+    return cast("sqlite3.Connection", connection.connection.driver_connection)
 
 
 def _begin_to_write(raw: sqlite3.Connection, turn: _Turn) -> bool:
