@@ -1,31 +1,69 @@
-"""Many rows in few steps: one way to insert a page of rows, and one to read a page, for both databases.
+"""Many rows in few steps, and small statements at the least cost: plain SQL for both databases.
 
 SQLite's driver lets other threads run at every step of a statement: beside a busy event loop a row that is inserted
 or fetched by itself can cost milliseconds of waiting. So rows go in by statements of many rows, and come out as one
 row of JSON. On PostgreSQL rows go in by COPY, the one shape that stays fast in a fresh table, and come out as they
 are: its driver has them all before it hands out the first.
 
-Statements are plain SQL that both databases understand: SQLAlchemy would spend as long on a statement as the database.
+Statements are plain SQL that both databases understand: SQLAlchemy spends longer on a small one than SQLite does.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, Final
 
 from sqlalchemy import Connection, Table
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 _SIZES: Final = (64, 256, 1024)
 #: Rows of a statement on SQLite, where there are more than the few that have a statement of their own.
 _FEW: Final = 16
 _NAME: Final = re.compile(r":(\w+)")
 _AMONG: Final = re.compile(r"\bAMONG :(\w+)")
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a statement came to."""
+
+    rows: Sequence[Any]  # that it found or returns
+    rowcount: int  # how many it changed, where it returns none
+
+    @property
+    def first(self) -> Any:
+        """Its first row; None where there is none."""
+        return self.rows[0] if self.rows else None
+
+
+def run(connection: Connection, statement: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> Answer:
+    """Run one statement as it stands; `:name` in it is one of the values, and `?` on SQLite alone.
+
+    SQLite's driver is asked directly: SQLAlchemy takes 20 to 60 microseconds where SQLite takes five. Raises what
+    SQLAlchemy would, so that `Database` tells a complaint about the database from one about the statement.
+    """
+    if connection.dialect.name == "postgresql":
+        result = connection.exec_driver_sql(_named(statement), values)
+        return Answer(result.all() if result.returns_rows else (), result.rowcount)
+    driver: Any = connection.connection.driver_connection
+    try:
+        cursor = driver.execute(statement, values)
+        return Answer(cursor.fetchall(), cursor.rowcount)
+    except sqlite3.Error as error:
+        raise DBAPIError.instance(statement, values, error, sqlite3.Error, dialect=connection.dialect) from error
+
+
+@lru_cache(maxsize=256)
+def _named(statement: str) -> str:
+    """The same for PostgreSQL's driver."""
+    return _NAME.sub(r"%(\1)s", statement)
 
 
 class RowStands(Exception):  # noqa: N818 - it reads as the sentence it is
@@ -57,7 +95,7 @@ def insert_rows(
             some = chain.from_iterable(rows[done : done + left])
             statement = _insert(table.name, (*alike, *columns), len(same), size)
             padding = (0,) * (width * (size - left))  # a number: None costs its driver ten times as much
-            connection.exec_driver_sql(statement, (*same, *some, *padding, left))
+            run(connection, statement, (*same, *some, *padding, left))
             done += left
     except (IntegrityError, connection.dialect.loaded_dbapi.IntegrityError) as error:
         raise RowStands(str(error)) from error
@@ -111,5 +149,18 @@ def _sqlite(columns: tuple[str, ...], rest: str) -> str:
 
 @lru_cache(maxsize=256)
 def _postgresql(columns: tuple[str, ...], rest: str) -> str:
-    marked = _NAME.sub(r"%(\1)s", _AMONG.sub(r"= ANY(:\1)", rest))
-    return " ".join(["SELECT", ", ".join(columns), marked])
+    return _named(" ".join(["SELECT", ", ".join(columns), _AMONG.sub(r"= ANY(:\1)", rest)]))
+
+
+def read_rows(connection: Connection, columns: tuple[str, ...], rest: str, **values: int | str) -> list[Sequence[Any]]:
+    """The same row by row, for the few rows of a small question: there one list of them is quicker than many."""
+    if connection.dialect.name == "postgresql":
+        return list(run(connection, _postgresql(columns, rest), values).rows)
+    (found,) = run(connection, _sqlite_rows(columns, rest), values).first
+    rows: list[Sequence[Any]] = json.loads(found)
+    return rows
+
+
+@lru_cache(maxsize=64)
+def _sqlite_rows(columns: tuple[str, ...], rest: str) -> str:
+    return f"SELECT json_group_array(json_array({', '.join(columns)})) {rest}"

@@ -40,7 +40,7 @@ from sqlalchemy import (
 )
 
 from subscriptions.audience import AccountFacts, ContactFacts
-from subscriptions.bulk import read_columns
+from subscriptions.bulk import read_columns, read_rows
 from subscriptions.catalogue import Catalogue
 from subscriptions.schema import accounts, contacts, installation, mailboxes, suppressions
 
@@ -173,36 +173,48 @@ class Known:
 
 
 def known(connection: Connection, catalogues: Mapping[str, Catalogue], ext: str) -> Known | None:
-    """The same as `account` with the names of its contacts, in two statements."""
-    postgresql = connection.dialect.name == "postgresql"
-    aggregate, key = ("string_agg", "encode(m.address_key, 'hex')") if postgresql else ("group_concat", _HEX_KEY)
-    columns = (*_PERSON, "c.name", "c.email", "c.locale", "c.timezone", key, *_OF_ACCOUNT)
-    columns_found = read_columns(connection, columns, _ONE_ACCOUNT.format(aggregate=aggregate), only=[ext])
-    rows = list(zip(*columns_found, strict=True))
+    """The same as `account` with the names of its contacts, in one statement; in two where something holds for them."""
+    rows = read_rows(connection, *_one_account(connection.dialect.name), ext=ext)
     if not rows:
         return None
     number, catalogue, name, uses = rows[0][-len(_OF_ACCOUNT) :]
     there = [row for row in rows if row[_PERSON.index("m.address")] is not None]
     people = list(zip(*there, strict=True))[: len(_PERSON)] if there else [()] * len(_PERSON)
-    held = sorted({*people[_PERSON.index("c.mailbox_id")]})
-    holds = _what_holds(connection, held, _promotional(catalogues))
+    held = sorted({row[_PERSON.index("c.mailbox_id")] for row in there if row[_HELD_AT]})
+    holds = _what_holds(connection, held, _promotional(catalogues) if held else frozenset())
     contacts_of_it = _contact_facts(people, holds.opt_outs).get(number, ())
     found = AccountFacts(ext, catalogue, _set_of(uses), tuple(contacts_of_it), number=number)
     if holds.any:
         _add_what_holds(found, holds)
-    place, first, last = _PERSON.index("c.id"), len(_PERSON), len(_PERSON) + 5
-    return Known(found, name, {row[place]: row[first:last] for row in there})
+    place, first = _PERSON.index("c.id"), len(_PERSON)
+    return Known(found, name, {row[place]: tuple(row[first:_HELD_AT]) for row in there})
+
+
+_OF_ACCOUNT: Final = ("a.id", "a.catalogue", "a.name", "a.uses")
+
+
+@lru_cache(maxsize=2)
+def _one_account(dialect: str) -> tuple[tuple[str, ...], str]:
+    """The columns of an account `:ext` and its contacts, and where they are found."""
+    postgresql = dialect == "postgresql"
+    aggregate, key = ("string_agg", "encode(m.address_key, 'hex')") if postgresql else ("group_concat", _HEX_KEY)
+    rest = (
+        f"FROM (SELECT a.id, a.catalogue, a.name,"  # noqa: S608 - put together from our own words
+        f" (SELECT {aggregate}(p.product, ',') FROM account_products p WHERE p.account_id = a.id) AS uses"
+        f" FROM accounts a WHERE a.ext = :ext AND a.removed_at IS NULL) a"
+        f" LEFT JOIN contacts c ON c.account_id = a.id AND c.removed_at IS NULL"
+        f" LEFT JOIN mailboxes m ON m.id = c.mailbox_id"
+    )
+    return (*_PERSON, "c.name", "c.email", "c.locale", "c.timezone", key, _IS_HELD, *_OF_ACCOUNT), rest
 
 
 _HEX_KEY: Final = "hex(m.address_key)"
-_OF_ACCOUNT: Final = ("a.id", "a.catalogue", "a.name", "a.uses")
-_ONE_ACCOUNT: Final = (
-    "FROM (SELECT a.id, a.catalogue, a.name,"
-    " (SELECT {aggregate}(p.product, ',') FROM account_products p WHERE p.account_id = a.id) AS uses"
-    " FROM accounts a WHERE a.ext AMONG :only AND a.removed_at IS NULL) a"
-    " LEFT JOIN contacts c ON c.account_id = a.id AND c.removed_at IS NULL"
-    " LEFT JOIN mailboxes m ON m.id = c.mailbox_id"
+_IS_HELD: Final = (
+    "(EXISTS (SELECT 1 FROM suppressions s WHERE s.mailbox_id = m.id AND s.lifted_at IS NULL)"
+    " OR EXISTS (SELECT 1 FROM opt_outs o WHERE o.mailbox_id = m.id)"
+    " OR EXISTS (SELECT 1 FROM contacts x JOIN opt_outs o ON o.contact_id = x.id WHERE x.mailbox_id = m.id))"
 )
+#: Whether `_HOLDING` would find anything for a mailbox: it seldom does.
 
 _ACCOUNT: Final = ("id", "ext", "catalogue", "uses")
 
@@ -240,6 +252,7 @@ _PERSON: Final = (
     "c.account_id", "c.position", "c.id", "c.ext", "c.mailbox_id", "m.address", "c.roles", "c.kind", "c.products",
     "c.unreachable",
 )  # fmt: skip
+_HELD_AT: Final = len(_PERSON) + 5
 _PEOPLE: Final = (
     "FROM contacts c JOIN mailboxes m ON m.id = c.mailbox_id"
     " WHERE c.account_id AMONG :accounts AND c.removed_at IS NULL AND m.address IS NOT NULL"

@@ -21,13 +21,12 @@ from sqlalchemy import (
     insert,
     or_,
     select,
-    text,
     true,
     update,
 )
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from subscriptions.bulk import insert_rows
+from subscriptions.bulk import insert_rows, run
 from subscriptions.directory import among
 from worker import ledger
 from worker.ledger import NEVER, SLICE_SIZE, Lane, Status
@@ -51,18 +50,16 @@ def room_at_once(connection: Connection, lane: Lane, class_: str, account: str, 
     So it is where fewer than `width` are at work, nobody waits, and nothing is paused that concerns it.
     """
     asked = {"lane": int(lane), "now": now, "width": width, "class_": class_, "account": account}
-    undone, queued, pauses = connection.execute(_AT_WORK, asked).one()
+    undone, queued, pauses = run(connection, _AT_WORK, asked).first
     return bool(undone < width and undone == queued and not pauses)
 
 
-_AT_WORK = text(
-    """
+_AT_WORK = """
     SELECT count(*), count(queued_at),
       (SELECT count(*) FROM pauses WHERE scope = 'all' OR (scope = 'class' AND value = :class_)
         OR (scope = 'account' AND value = :account))
     FROM (SELECT queued_at FROM slices WHERE lane = :lane AND done_at IS NULL AND due_at <= :now LIMIT :width) undone
-    """
-)
+"""
 
 
 def gather_retries(connection: Connection, *, now: int, limit: int = 500) -> int:

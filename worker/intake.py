@@ -17,15 +17,14 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Literal, Protocol
 
-from sqlalchemy import Connection, Insert, insert, select
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy import Connection, insert, select
 
 from subscriptions import directory
 from subscriptions.audience import AccountFacts, Verdicts, resolve
+from subscriptions.bulk import run
 from subscriptions.database import Clock, Database, DatabaseUnusable
 from subscriptions.directory import Known
-from subscriptions.schema import account_products, accounts, installation
+from subscriptions.schema import account_products, accounts
 from worker import fanout, feeding, ledger, logs, waking
 from worker.delivery import Taken
 from worker.events import Event, content
@@ -203,7 +202,7 @@ class Intake:
     ) -> _Accepting:
         """Read once what all events of a call need: the guard before the facts, so that what moves later is seen."""
         connection, catalogues = planning.connection, self.planner.catalogues
-        key, guard = connection.execute(_INSTALLATION).one()
+        key, guard = run(connection, _INSTALLATION).first
         names = list(dict.fromkeys(event.account for event in batch if event.account is not None))
         known = None
         if len(names) > 1:
@@ -226,11 +225,12 @@ class Intake:
                 raise
             return known
         row = self._values(event, accepting, resolved, mac=mac)
-        number = connection.execute(_insert_event(connection.dialect.name), row).scalar_one_or_none()
-        if number is None:
+        inserted = run(connection, _insert_event(tuple(row)), row).first
+        if inserted is None:
             known = self._known_fact(connection, event, mac)
             assert known is not None
             return known
+        number = inserted[0]
         if resolved.listed is not None:
             connection.execute(_LIST, [{"event_id": number, "account_id": account} for account in resolved.listed])
         stored = _stored(row, event, number)
@@ -444,15 +444,18 @@ class _Resolved:
     status_page: dict[str, Any] | None = None
 
 
-_INSTALLATION = select(installation.c.address_key, installation.c.guard)
+_INSTALLATION = "SELECT address_key, guard FROM installation"
 _LIST = insert(event_accounts)
 
 
-@lru_cache(maxsize=2)
-def _insert_event(dialect: str) -> Insert:
-    """A row of `events`, where none has its source and id; compiled once for each kind of database."""
-    statement = sqlite_insert(events) if dialect == "sqlite" else postgresql_insert(events)
-    return statement.on_conflict_do_nothing(index_elements=["source", "ce_id"]).returning(events.c.id)
+@lru_cache(maxsize=1)
+def _insert_event(columns: tuple[str, ...]) -> str:
+    """A row of `events`, where none has its source and id."""
+    values = ", ".join([f":{name}" for name in columns])
+    return (
+        f"INSERT INTO events ({', '.join(columns)}) VALUES ({values})"  # noqa: S608 - our own names
+        " ON CONFLICT (source, ce_id) DO NOTHING RETURNING id"
+    )
 
 
 _AS_WRITTEN = {field.name for field in fields(EventRow)} - {"id", "class_", "lane", "routing", "data"}

@@ -19,24 +19,23 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Connection,
-    Text,
     bindparam,
     delete,
     exists,
     func,
-    insert,
     select,
     text,
     update,
 )
 
-from subscriptions.bulk import read_columns
+from subscriptions.bulk import read_columns, run
 from subscriptions.schema import installation
 from worker import matters
 from worker.schema import deliveries, events, flights, slices, tallies
@@ -140,41 +139,32 @@ _CLAIM = (
 def claim_new(connection: Connection, event_id: int, lane: Lane, worker: int, *, mails: int, now: int) -> Claim:
     """One slice of all deliveries of a new event, made and taken in the transaction that accepts it."""
     values = {"event_id": event_id, "lane": int(lane), "last_n": mails, "now": now, "w": worker}
-    number = int(connection.execute(_CLAIM_NEW, values).scalar_one())
+    number = int(run(connection, _CLAIM_NEW, values).first[0])
     return Claim(number, event_id, lane, 1, 1, mails, None)
 
 
-_CLAIM_NEW = text(
-    """
+_CLAIM_NEW = """
     INSERT INTO slices (event_id, lane, first_n, last_n, due_at, queued_at, owner, epoch)
     VALUES (:event_id, :lane, 1, :last_n, :now, :now, :w, 1) RETURNING id
-    """
-)
+"""
 
 
 def begin(connection: Connection, taken: Claim, worker: int, members: Sequence[int], *, now: int) -> tuple[int, int]:
     """Name the mails that are about to leave: (flight, guard); both 0 where the claim was lost."""
     named = {"members": json.dumps(list(members)), "begun": now}
-    row = connection.execute(_BEGIN, named | {"s": taken.slice_id, "w": worker, "p": taken.epoch}).one_or_none()
-    return (row.id, row.guard) if row is not None else (0, 0)
+    statement = _BEGIN_SQLITE if connection.dialect.name == "sqlite" else _BEGIN_POSTGRESQL
+    row = run(connection, statement, named | {"s": taken.slice_id, "w": worker, "p": taken.epoch}).first
+    return (row[0], row[1]) if row is not None else (0, 0)
 
 
-_BEGIN = (
-    insert(flights)
-    .from_select(
-        ["slice_id", "epoch", "owner", "members", "begun_at"],
-        select(
-            slices.c.id,
-            slices.c.epoch,
-            slices.c.owner,
-            bindparam("members", type_=Text),
-            bindparam("begun", type_=BigInteger),
-        )
-        .where(slices.c.id == bindparam("s"), slices.c.owner == bindparam("w"), slices.c.epoch == bindparam("p"))
-        .with_for_update(read=True),  # whoever frees the slice waits for the commit, and then sees the flight
-    )
-    .returning(flights.c.id, select(installation.c.guard).scalar_subquery().label("guard"))
-)
+_BEGIN = """
+    INSERT INTO flights (slice_id, epoch, owner, members, begun_at)
+    SELECT id, epoch, owner, CAST(:members AS text), CAST(:begun AS bigint) FROM slices
+    WHERE id = :s AND owner = :w AND epoch = :p {lock}
+    RETURNING id, (SELECT guard FROM installation)
+"""
+_BEGIN_SQLITE = _BEGIN.format(lock="")
+_BEGIN_POSTGRESQL = _BEGIN.format(lock="FOR SHARE")  # whoever frees the slice waits for the commit, and sees the flight
 
 
 def guard(connection: Connection, *, held: bool = False) -> int:
@@ -182,11 +172,12 @@ def guard(connection: Connection, *, held: bool = False) -> int:
 
     `held`: who raises it meanwhile waits for this transaction, or is waited for: one sees what the other did.
     """
-    return int(connection.execute(_GUARD_HELD if held else _GUARD).scalar_one())
+    shared = held and connection.dialect.name != "sqlite"
+    return int(run(connection, _GUARD_HELD if shared else _GUARD).first[0])
 
 
-_GUARD = select(installation.c.guard)
-_GUARD_HELD = _GUARD.with_for_update(read=True)
+_GUARD = "SELECT guard FROM installation"
+_GUARD_HELD = f"{_GUARD} FOR SHARE"
 
 
 def raise_guard(connection: Connection) -> None:
@@ -435,22 +426,22 @@ def owed(taken: Claim) -> tuple[str, dict[str, int | list[int]]]:
 
 def add_tallies(connection: Connection, owner: int, counts: Mapping[tuple[int, Status], int]) -> None:
     """Add changes of counts per event and status."""
-    rows = [
-        {"event_id": event_id, "owner": owner, "status": int(status), "n": n}
-        for (event_id, status), n in counts.items()
-        if n
-    ]
-    if not rows:
+    changes = [(event_id, status, n) for (event_id, status), n in counts.items() if n]
+    if not changes:
         return
-    connection.execute(_TALLY, rows)
+    values: dict[str, int] = {"owner": owner}
+    for place, (event_id, status, n) in enumerate(changes):
+        values |= {f"event_{place}": event_id, f"status_{place}": int(status), f"n_{place}": n}
+    run(connection, _tally(len(changes)), values)
 
 
-_TALLY = text(
-    """
-    INSERT INTO tallies (event_id, owner, status, n) VALUES (:event_id, :owner, :status, :n)
-    ON CONFLICT (event_id, owner, status) DO UPDATE SET n = tallies.n + excluded.n
-    """
-)
+@lru_cache(maxsize=256)
+def _tally(changes: int) -> str:
+    rows = [f"(:event_{place}, :owner, :status_{place}, :n_{place})" for place in range(changes)]
+    return (
+        f"INSERT INTO tallies (event_id, owner, status, n) VALUES {', '.join(rows)}"  # noqa: S608 - our own names
+        " ON CONFLICT (event_id, owner, status) DO UPDATE SET n = tallies.n + excluded.n"
+    )
 
 
 def totals(connection: Connection, event_id: int) -> dict[str, int]:
