@@ -27,7 +27,8 @@ from sqlalchemy import Connection, insert, select, update
 
 from subscriptions import directory
 from subscriptions.audience import resolve
-from subscriptions.database import Clock, Database, DatabaseUnusable, insert_into
+from subscriptions.bulk import run
+from subscriptions.database import Clock, Database, DatabaseUnusable
 from subscriptions.directory import Known
 from subscriptions.schema import accounts as accounts_table
 from worker import ledger, logs
@@ -38,7 +39,7 @@ from worker.paces import SECOND, Paces, Rest, flight_size
 from worker.relay import About, Envelope, Kind, Outcome, Relay, RelayError, Relays
 from worker.renditions import Press, Told
 from worker.schedule import SOON_SECONDS, Over, in_time, retry_at
-from worker.schema import events, pauses, renditions
+from worker.schema import events, pauses
 from worker.settings import Settings, domain_of
 from worker.settler import Settler
 from worker.transaction import NEEDS_8BITMIME, WITHDRAWN
@@ -521,9 +522,14 @@ class Sender:
 
 def _keep_rendition(connection: Connection, *, made: Told) -> None:
     """Remember which templates an event's variant was rendered with."""
-    row = {"event_id": made.event_id, "variant": made.variant, "locale": made.locale}
-    statement = insert_into(connection, renditions).values(**row, template_hash=made.template_hash)
-    connection.execute(statement.on_conflict_do_nothing())
+    row = {"event": made.event_id, "variant": made.variant, "locale": made.locale, "hash": made.template_hash}
+    run(connection, _RENDITION, row)
+
+
+_RENDITION = """
+    INSERT INTO renditions (event_id, variant, locale, template_hash) VALUES (:event, :variant, :locale, :hash)
+    ON CONFLICT DO NOTHING
+"""
 
 
 def _pause_class(connection: Connection, *, class_: str, now: int) -> None:

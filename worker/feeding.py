@@ -21,6 +21,7 @@ from sqlalchemy import (
     insert,
     or_,
     select,
+    text,
     true,
     update,
 )
@@ -257,7 +258,7 @@ def ended(connection: Connection, *, after: int = 0, limit: int = 1000) -> tuple
     rows = connection.execute(
         select(events.c.id, events.c.ulid)
         .where(events.c.status == "sending", events.c.id.between(looked[0], looked[-1]))
-        .where(ledger.nothing_left(events.c.id))
+        .where(text(ledger.nothing_left("events.id")))
     )
     return [(row.id, row.ulid) for row in rows], looked[-1] if len(looked) == limit else 0
 

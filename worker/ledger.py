@@ -24,11 +24,9 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import (
     BigInteger,
-    ColumnElement,
     Connection,
     bindparam,
     delete,
-    exists,
     func,
     select,
     text,
@@ -354,8 +352,8 @@ def finish(connection: Connection, taken: Claim, worker: int, *, now: int) -> bo
     """
     mine = {"s": taken.slice_id, "w": worker, "p": taken.epoch}
     if taken.members is None:
-        row = connection.execute(_GIVE_BACK_RANGE, mine | {"now": now}).one_or_none()
-        given, left = row is not None, row is not None and row.done_at is None
+        row = run(connection, _GIVE_BACK_RANGE, mine | {"now": now}).first
+        given, left = row is not None, row is not None and row[0] is None
     else:
         condition, values = owed(taken)
         rest = f"FROM (SELECT n FROM deliveries d WHERE event_id = :event AND {condition} LIMIT 1) d"  # noqa: S608 - our own
@@ -365,37 +363,31 @@ def finish(connection: Connection, taken: Claim, worker: int, *, now: int) -> bo
     if not given:
         return False
     # A flight whose commit was answered by nobody was begun again: its first row names nothing that is open.
-    connection.execute(_FORGET_FLIGHTS, mine)
-    return not left and connection.execute(_END, {"e": taken.event_id}).rowcount == 1
+    run(connection, _FORGET_FLIGHTS, mine)
+    return not left and run(connection, _END, {"e": taken.event_id}).rowcount == 1
 
 
 _MINE = (slices.c.id == bindparam("s"), slices.c.owner == bindparam("w"), slices.c.epoch == bindparam("p"))
 _GIVE_BACK = update(slices).where(*_MINE).values(owner=None, queued_at=None, done_at=bindparam("now", type_=BigInteger))
-_GIVE_BACK_RANGE = text(
-    """
+_GIVE_BACK_RANGE = """
     UPDATE slices SET owner = NULL, queued_at = NULL, done_at = CASE WHEN EXISTS (
       SELECT 1 FROM deliveries d WHERE d.event_id = slices.event_id AND d.n BETWEEN slices.first_n AND slices.last_n
       AND d.retry_slice IS NULL AND d.status = 0 AND d.due_at IS NULL) THEN NULL ELSE CAST(:now AS bigint) END
     WHERE id = :s AND owner = :w AND epoch = :p RETURNING done_at
-    """
-)
-_FORGET_FLIGHTS = delete(flights).where(flights.c.slice_id == bindparam("s"), flights.c.epoch == bindparam("p"))
+"""
+_FORGET_FLIGHTS = "DELETE FROM flights WHERE slice_id = :s AND epoch = :p"
 
 
-def nothing_left(event_id: ColumnElement[int]) -> ColumnElement[bool]:
-    """A clause: no slice of an event is open, and none of its mails is deferred."""
-    deferred = (deliveries.c.due_at.is_not(None)) & (deliveries.c.status == int(Status.PLANNED))
-    return ~(
-        exists().where(slices.c.event_id == event_id, slices.c.done_at.is_(None))
-        | exists().where(deliveries.c.event_id == event_id, deferred)
+def nothing_left(event_id: str) -> str:
+    """A condition: no slice of an event is open, and none of its mails is deferred; `event_id` as it stands in SQL."""
+    return (
+        f"NOT EXISTS (SELECT 1 FROM slices s WHERE s.event_id = {event_id} AND s.done_at IS NULL)"  # noqa: S608 - our own
+        f" AND NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.event_id = {event_id}"
+        " AND d.due_at IS NOT NULL AND d.status = 0)"
     )
 
 
-_END = (
-    update(events)
-    .where(events.c.id == bindparam("e"), events.c.status == "sending", nothing_left(bindparam("e")))
-    .values(status="done")
-)
+_END = f"UPDATE events SET status = 'done' WHERE id = :e AND status = 'sending' AND {nothing_left(':e')}"  # noqa: S608
 
 
 def postpone(
@@ -411,7 +403,7 @@ def postpone(
     if given and again:
         end_open_flights(connection, worker, taken.slice_id, taken.event_id, hold=hold, now=now)
     elif given:
-        connection.execute(_FORGET_FLIGHTS, mine)
+        run(connection, _FORGET_FLIGHTS, mine)
 
 
 def owed(taken: Claim) -> tuple[str, dict[str, int | list[int]]]:

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from email.utils import parseaddr
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
@@ -202,6 +203,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+@lru_cache(maxsize=64)
 def domain_of(sender: str) -> str:
     """The domain (A-labels) of `Name <address>`."""
     return normalise(parseaddr(sender)[1]).rpartition("@")[2]
