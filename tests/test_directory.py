@@ -215,6 +215,43 @@ def test_a_lifted_suppression_no_longer_stands(database: Database):
     assert one(database, "acme").suppressed == frozenset()
 
 
+def test_an_account_that_is_read_with_its_people_has_the_same_facts_whatever_holds_for_them(database: Database):
+    wish = OptOutRecord("executive", "webinar_invite", by="recipient")
+    people = [contact(f"c{n}", f"c{n}@acme.example", "executive", opt_outs=(wish,) if n == 1 else ()) for n in range(7)]
+    change(
+        database,
+        PutAccount(account("acme", *people, uses=("payments", "invoicing"))),
+        PutAccount(account("other", contact("c2", "c2@acme.example", "executive"))),
+        PutAccount(account("calm", contact("c9", "c9@acme.example", "executive"))),
+        PutAccount(account("empty", uses=())),
+        Suppress("c3@acme.example", "hard_bounce", "import:acme"),
+        Suppress("c4@acme.example", "complaint", "import:acme"),
+        Suppress("c5@acme.example", "operator", "operator:anna"),
+        SetOptOut(("other", "c2"), "executive", "marketing_communication", opted_out=True, set_by="recipient"),
+    )
+    change(database, LiftSuppression("c5@acme.example"), RemoveContact("acme", "c6"))
+    change(database, PutContact("acme", "c1", email="moved@acme.example"))  # its opt-out goes with it, and stays
+    change(database, PutAccount(account("heir", contact("c1", "c1@acme.example", "executive"))))
+    found = {}
+    with database.read() as connection:
+        for ext in ("acme", "other", "heir", "calm", "empty"):
+            known = directory.known(connection, CATALOGUES, ext)
+            assert known is not None
+            assert known.facts == directory.account(connection, CATALOGUES, ext)
+            assert known.people.keys() == {one.number for one in known.facts.contacts}
+            found[ext] = known.facts
+        assert directory.known(connection, CATALOGUES, "nobody") is None
+    acme = found["acme"]
+    assert (acme.suppressed, acme.complained) == ({"c3@acme.example"}, {"c4@acme.example"})
+    assert acme.opted_out == {
+        ("c2@acme.example", "marketing_communication"),
+        ("moved@acme.example", "webinar_invite"),
+    }
+    assert found["heir"].opted_out == {("c1@acme.example", "webinar_invite")}
+    assert [bool(one.opt_outs) for one in acme.contacts] == [False, True, False, False, False, False]
+    assert not found["calm"].suppressed | found["calm"].opted_out
+
+
 def test_a_page_costs_the_same_number_of_statements_however_many_contacts_it_has(database: Database):
     change(
         database,
