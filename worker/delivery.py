@@ -38,6 +38,7 @@ from worker.mails import Composer, Due, GroundRow, People, Shape, as_planned, ga
 from worker.paces import SECOND, Paces, Rest, flight_size
 from worker.relay import About, Envelope, Kind, Outcome, Relay, RelayError, Relays
 from worker.renditions import Press, Told
+from worker.replies import taken
 from worker.schedule import SOON_SECONDS, Over, in_time, retry_at
 from worker.schema import events, pauses
 from worker.settings import Settings, domain_of
@@ -387,7 +388,9 @@ class Sender:
             before = asyncio.get_running_loop().time()
             if mails.leave:
                 lane = int(work.claim.lane)
-                await flight.relay.send(mails.envelopes(), lane=lane, done=mails.done, gate=self.settler)
+                await flight.relay.send(
+                    mails.envelopes(), lane=lane, done=mails.done, took=mails.took, gate=self.settler
+                )
             else:  # a relay that is down must not keep them from being settled
                 mails.settle_all()
         except RelayError:
@@ -648,6 +651,29 @@ class _Mails:
                 self._soon(due, outcome)
             case Kind.TEMPORARY:
                 self._again(due, "refused_for_now", outcome)
+
+    def took(self, numbers: Sequence[int], replies: Sequence[str]) -> None:
+        """Mails were accepted, with these replies: what `done` makes of each, at once where it has nothing to learn."""
+        work, flight, event, sender = self.work, self.flight, self.work.event, self.sender
+        dues = [self._flown[number] for number in numbers]
+        if work.hold or not sender.settler.destinations.calm or any(due.attempts for due in dues):
+            for number, reply in zip(numbers, replies, strict=True):
+                self.done(number, taken(reply))
+            return
+        sender.settler.in_air -= len(dues)
+        self.answered += len(dues)
+        sender.sender_took(event.class_)
+        self.settled.update([due.n for due in dues])
+        claim, name, begun, now = work.claim, flight.relay.name, flight.begun, sender.clock()
+        event_id, slice_id, epoch, flight_id, status = event.id, claim.slice_id, claim.epoch, flight.id, Status.ACCEPTED
+        sender.settler.add_all(
+            [
+                Settlement(
+                    event_id, due.n, slice_id, epoch, flight_id, status, None, True, None, name, reply, begun, now
+                )
+                for due, reply in zip(dues, replies, strict=True)
+            ]
+        )
 
     def _not_sent(self, due: Due) -> None:
         """A mail was not begun after all: withdrawn by us, or written for a relay that takes other bytes."""

@@ -27,7 +27,7 @@ from typing import NoReturn, cast
 import aiosmtplib
 
 from worker import logs
-from worker.replies import About, Kind, Outcome, printable
+from worker.replies import About, Kind, Outcome, printable, taken
 from worker.settings import RelaySettings
 from worker.transaction import NEEDS_8BITMIME, WITHDRAWN, Channel, Envelope, Gate, Mail
 
@@ -125,9 +125,11 @@ class Places:
         self.limit = min(before, max(1.0, float(at_work), before - 1.0))
         return self.limit < before
 
-    def grow(self) -> None:
-        """A mail was accepted: after as many mails as there are connections, one more is tried."""
-        if self.limit < self.total:
+    def grow(self, mails: int = 1) -> None:
+        """Mails were accepted: after as many as there are connections, one more is tried."""
+        for _ in range(mails):
+            if self.limit >= self.total:
+                return
             self.limit = min(float(self.total), self.limit + 1.0 / self.limit)
             self._hand_out()
 
@@ -251,16 +253,18 @@ class Relay:
         *,
         lane: int,
         done: Callable[[int, Outcome], None],
+        took: Callable[[Sequence[int], Sequence[str]], None] | None = None,
         gate: Gate | None = None,
     ) -> None:
         """Hand a flight over on one connection; `done(i, outcome)` is called as each mail is answered, not by number.
 
         First there is a connection, and `offers` is known; then `envelopes` are taken, one by one, as room arises, and
-        `done` is called once for each. `gate` limits those in flight. Raises `RelayError` where no connection could be
+        `done` is called once for each; or `took` for several that were accepted at once, with the relay's replies, in
+        place of `done`. `gate` limits those in flight. Raises `RelayError` where no connection could be
         had or the relay takes nothing from us, and what `envelopes` raises, once those in flight are answered: `done`
         was not called for the mails that remain, whether taken or not, and nothing of them was sent.
         """
-        flight = _Flight(self, iter(envelopes), done, gate)
+        flight = _Flight(self, iter(envelopes), done, gate, took)
         async with self._places.one(lane):
             channel: Channel | None = None
             try:
@@ -400,9 +404,9 @@ class Relay:
 
     # ------------------------------------------------------------ what is learned of the relay
 
-    def accepted(self) -> None:
-        """It took a mail."""
-        self._places.grow()
+    def accepted(self, mails: int = 1) -> None:
+        """It took so many mails."""
+        self._places.grow(mails)
         if self._breaker.openings or self._breaker.strikes:
             self._works()
 
@@ -455,13 +459,19 @@ class _Flight:
     """The mails of one `send`, as its connections take them: a `transaction.Cargo`."""
 
     def __init__(
-        self, relay: Relay, envelopes: Iterator[Envelope], done: Callable[[int, Outcome], None], gate: Gate | None
+        self,
+        relay: Relay,
+        envelopes: Iterator[Envelope],
+        done: Callable[[int, Outcome], None],
+        gate: Gate | None,
+        took: Callable[[Sequence[int], Sequence[str]], None] | None = None,
     ) -> None:
         self.error: Exception | None = None
         """Why no more mails are begun: the relay takes nothing from us, or who makes them failed."""
         self._relay = relay
         self._envelopes = envelopes
         self._done = done
+        self._took = took
         self._gate = gate
         self._next: deque[Mail] = deque()  # taken from the envelopes, and not begun, or to be begun again
         self._again = False  # the session ended before a mail that it had begun
@@ -527,6 +537,15 @@ class _Flight:
                 return
             self._struck = self._struck or outcome.about is About.RELAY
         self._done(mail.number, outcome)
+
+    def accepted(self, mails: Sequence[Mail], replies: Sequence[str]) -> None:
+        """The same of several that were accepted."""
+        self._relay.accepted(len(mails))
+        if self._took is not None:
+            self._took([mail.number for mail in mails], replies)
+            return
+        for mail, reply in zip(mails, replies, strict=True):
+            self._done(mail.number, taken(reply))
 
     def begins_again(self) -> bool:
         """Before a connection is had: whether it must be a fresh one."""

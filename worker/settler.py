@@ -95,13 +95,20 @@ class Settler:
 
     def add(self, settlement: Settlement) -> None:
         """What became of one mail; it is committed soon."""
-        pending = self._pending
-        pending.append(settlement)
-        if len(pending) == 1:
-            self._since = monotonic()
-            self._timer = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self.flush)
-        elif len(pending) >= SETTLE_OUTCOMES:
-            self.flush()
+        self.add_all((settlement,))
+
+    def add_all(self, settlements: Sequence[Settlement]) -> None:
+        """What became of several mails."""
+        while settlements:
+            pending = self._pending
+            if not pending:
+                self._since = monotonic()
+                self._timer = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self.flush)
+            room = SETTLE_OUTCOMES - len(pending)
+            pending += settlements[:room]
+            settlements = settlements[room:]
+            if len(pending) >= SETTLE_OUTCOMES:
+                self.flush()
 
     def besides(self, work: Callable[[Connection], None]) -> None:
         """Something that may wait until the next outcomes are committed, and is committed with them."""

@@ -117,6 +117,9 @@ class Cargo(Protocol):
     def done(self, mail: Mail, outcome: Outcome) -> None:
         """What became of a mail that was taken."""
 
+    def accepted(self, mails: Sequence[Mail], replies: Sequence[str]) -> None:
+        """The same of several that were accepted, with the relay's words as `Outcome.reply` has them."""
+
 
 class _Lost(Exception):  # noqa: N818 - a fact about the connection, used inside this module only
     """The connection broke, or what came could not be read."""
@@ -228,6 +231,7 @@ class Channel(asyncio.Protocol):
         """Answers to whole mails that all say 250: only the last one of each mail says more."""
         flying, cargo, heard = self._flying, self._cargo, 0
         assert cargo is not None
+        mails, replies = [], []
         while flying and heard < len(lines):
             due = len(flying[0].stages) - self._step
             if heard + due > len(lines):
@@ -236,11 +240,13 @@ class Channel(asyncio.Protocol):
                 break
             heard += due
             self._step, self._clean = 0, True
-            said = printable(lines[heard - 1][4:])[:500]
+            replies.append(printable(lines[heard - 1])[:504].rstrip())  # the code, a space and at most 500 characters
             mail = flying.popleft()
+            mails.append(mail)
             if mail.group:
                 self._learn_pace(mail)
-            cargo.done(mail, Outcome(Kind.ACCEPTED, About.CONTENT, 250, said))
+        if mails:
+            cargo.accepted(mails, replies)
         self._due()
         if heard < len(lines):
             self._read(b"\r\n".join(lines[heard:]) + b"\r\n")
@@ -383,11 +389,11 @@ class Channel(asyncio.Protocol):
         cargo, flying = self._cargo, self._flying
         assert cargo is not None
         parts = []
-        for mail in cargo.take(self._window - len(flying)):
+        mails = cargo.take(self._window - len(flying))
+        if mails and mails[-1].envelope.alone:
+            cargo.put_back(mails.pop())
+        for mail in mails:
             envelope = mail.envelope
-            if envelope.alone:
-                cargo.put_back(mail)
-                break
             refused = self._refused_ahead(envelope)
             if refused is not None:
                 cargo.done(mail, refused)
