@@ -96,6 +96,25 @@ def test_no_mail_is_begun_while_as_many_are_in_flight_as_may_be(owing: tuple[Dat
     assert standing(database) == [(1, f"250 {n}") for n in range(1, 101)] + [(0, None)] * (MAILS - 100)
 
 
+def test_outcomes_that_come_together_are_each_recorded_once(owing: tuple[Database, int, Claim]) -> None:
+    database, worker, claim = owing
+
+    async def send(writer: Writer) -> None:
+        settler = Settler(writer, worker)
+        settler.add(accepted(claim, 1))
+        settler.add_all([accepted(claim, n) for n in range(2, SETTLE_OUTCOMES)])
+        await asyncio.sleep(0)
+        settler.add_all([accepted(claim, n) for n in range(SETTLE_OUTCOMES, SETTLE_OUTCOMES + 5)])
+        assert settler.take(MAILS) == IN_FLIGHT - SETTLE_OUTCOMES - 4
+        await settler.recorded(claim.slice_id)
+        assert settler.take(MAILS) == IN_FLIGHT
+
+    with writing(database) as writer:
+        asyncio.run(send(writer))
+    said = [(1, f"250 {n}") for n in range(1, SETTLE_OUTCOMES + 5)]
+    assert standing(database) == said + [(0, None)] * (MAILS - SETTLE_OUTCOMES - 4)
+
+
 def test_slices_that_need_not_go_back_at_once_go_back_together(owing: tuple[Database, int, Claim]) -> None:
     database, worker, claim = owing
     commits: list[int] = []

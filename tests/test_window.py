@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -102,6 +102,33 @@ def test_a_mail_refused_in_the_middle_leaves_the_others_their_own_sender(
         assert kinds(outcomes) == [refused if n in {1, 2, 5} else A for n in range(8)]
         assert numbers(server) == [n for n in range(8) if outcomes[n].kind is A]
         assert server.connections == 1
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("way", WAYS)
+def test_mails_that_are_accepted_at_once_are_told_of_at_once(way: str, style: str) -> None:
+    told: list[tuple[int, str]] = []
+    together: list[int] = []
+
+    def done(number: int, outcome: Outcome) -> None:
+        told.append((number, outcome.reply))
+
+    def took(numbers: Sequence[int], replies: Sequence[str]) -> None:
+        together.append(len(numbers))
+        told.extend(zip(numbers, replies, strict=True))
+
+    async def fly() -> None:
+        relay = Relay(server.relay(), host_name="rolecast.test")
+        await relay.send(mails(20), lane=BULK, done=done, took=took)
+        await relay.close()
+
+    with SmtpServer(extensions=WAYS[way], **STYLES[style]) as server:
+        server.on("rcpt", reply(550), recipient="r9@acme.example")
+        asyncio.run(fly())
+        assert [number for number, _ in told] == [*range(20)]
+        assert [said == "250 2.0.0 taken" for _, said in told] == [number != 9 for number in range(20)]
+        assert numbers(server) == [number for number in range(20) if number != 9]
+        assert (way, style) != ("chunked", "gathered") or max(together) > 1
 
 
 def test_a_relay_that_takes_mails_whole_gets_them_without_being_waited_for() -> None:
