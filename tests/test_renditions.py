@@ -329,8 +329,58 @@ def test_a_template_that_computes_in_blocks_is_rendered_by_an_outline_with_the_b
     made = by_press(press, event, audience)
     assert made == in_full(renderer, event, audience)
     assert isinstance(made[0], bytes)
-    assert any(kind.outline is not None for kind in press._kinds.values()) == (source in IN_BLOCKS)
+    outlined = [kind.outline.outline for kind in press._kinds.values() if kind.outline is not None]
+    assert outlined
+    gaps = [(outline.text if part == "body.txt" else outline.html).gaps is not None for outline in outlined]
+    assert gaps == [source in IN_BLOCKS] * len(outlined)
     assert press.by_rendition == 0
+    assert logged == []
+
+
+@pytest.mark.parametrize("part", ["body.txt", "body.html", "subject.txt"])
+def test_a_template_that_computes_outside_of_blocks_sees_what_each_recipient_alone_has(part, logged):
+    source = (
+        "{{ name|upper }} {{ account_name|lower }} {{ locale }} {{ data.effective_at|datetime }} {{ unsubscribe_url }}"
+        "{% for g in grounds %} {{ g.account|upper }} {{ g.account_name }} {{ g.preference_url }} {{ g.roles|join }}"
+        "{% endfor %} {{ variant }} {{ subject is defined }} {{ attachment_links|length }} {{ vendor }}"
+    )
+    mine = {"name": "a.csv", "media_type": "text/csv", "content_base64": "YSxiCg=="}
+    linked = {"name": "b.pdf", "media_type": "application/pdf", "url": "https://x.example/b.pdf", "contact": "c5"}
+    event = an_event(effective_at="2026-12-21T10:00:00Z", attachments=[mine, linked, mine | {"contact": "c3"}])
+    renderer, audience = with_body(source, part), Audience()
+    for number in range(60):
+        audience.add(
+            "" if number % 7 == 0 else f"Ada {number}",
+            email=f"ada{number}@acme.example",
+            shape=(DIRECT, COPY, BOTH)[number % 3],
+            place=(("en", "de")[number // 3 % 2], ("UTC", "Europe/Berlin", "Asia/Tokyo")[number // 6 % 3]),
+            accounts=[(f"acme-{number}", f"Acme {number}"), ("Globex Ltd.", "")][: 1 + number // 30],
+            tried_at=BEGUN - 86_400_000_000 if number % 5 == 0 else None,
+        )
+    audience.dues *= 3
+    for composer in (COMPOSER, Composer(SETTINGS, CATALOGUES, None)):
+        press = a_press(renderer, composer)
+        assert by_press(press, event, audience) == in_full(renderer, event, audience, composer=composer)
+        assert sum(kind.outline is not None for kind in press._kinds.values()) > (10 if part != "subject.txt" else 0)
+    assert logged == []
+
+
+@pytest.mark.parametrize("part", ["body.txt", "body.html"])
+def test_what_is_wrong_with_one_mail_of_an_outline_is_wrong_with_it_alone(part, logged):
+    source = (
+        "{% set who = name|lower %}{{ who }}{{ 1 // (who|length - 3) }}{% if ':' in who %}<a href='{{ who }}'>x</a>"
+        "{% endif %}{% if who == 'much' %}{% for a in data.body %}{{ data.body }}{% endfor %}{% endif %}"
+    )
+    renderer, event, audience = with_body(source, part), an_event(body="b" * 1_000), Audience().plain(4)
+    wrong = ["Ada", "much", *(["javascript:x"] if part == "body.html" else [])]
+    for name in (*wrong, BOUNDARY, f"x{BOUNDARY}--", "https://x.example", "Zoë S", *HOSTILE):
+        audience.add(name)
+    press = a_press(renderer)
+    made = by_press(press, event, audience)
+    assert made == in_full(renderer, event, audience)
+    failed = made[4 : 4 + len(wrong)]
+    assert failed == [RenderError] * len(wrong)
+    assert all(isinstance(body, bytes) for body in made[4 + len(wrong) : 8 + len(wrong)])
     assert logged == []
 
 

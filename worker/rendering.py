@@ -157,11 +157,9 @@ class Traced:
 
 @dataclass(frozen=True, slots=True)
 class _Gaps:
-    """One text of an outline: what stands around personal values and around blocks that are rendered each time."""
+    """What of a text stands around personal values and around blocks that are rendered each time."""
 
-    template: str
     literals: list[str]
-    edges: list[str]  # of the literals, see `_edges`
     marks: list[tuple[int, int]]  # as `split` gives them
     holes: list[str]  # blocks, by place
     vars: dict[str, Any]  # what blocks see of the template's top
@@ -169,19 +167,35 @@ class _Gaps:
 
 
 @dataclass(frozen=True, slots=True)
-class Outline:
-    """What mails share that differ in personal values alone, though their templates compute on these in some blocks."""
+class _Sketch:
+    """One text of an outline."""
 
+    template: str
+    edges: dict[str, str]  # of long pieces that its mails share, see `_edges`
+    gaps: _Gaps | None  # None where its template computes outside of blocks: it is rendered wholly each time
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What mails share that differ in personal values alone, though their templates compute on these."""
+
+    type: str
     subject: str | None  # None where it is personal
-    text: _Gaps
-    html: _Gaps
+    text: _Sketch
+    html: _Sketch
+    headers: tuple[tuple[str, str], ...]  # as in `Traced`
+    context: dict[str, object]  # what templates see, but for what is personal
+    grounds: list[dict[str, object]]  # of it
+    links: list[str]  # to unsubscribe, and to each ground's preferences: what stands before the token
     given: list[bool]  # which personal values there are
     by_place: bool  # the templates asked for the recipient's locale or time zone
 
     @property
     def octets(self) -> int:
         """About how much memory it takes."""
-        return sum(map(len, (*self.text.literals, *self.html.literals)))
+        return sum(
+            len(piece) for one in (self.text, self.html) for piece in (one.gaps.literals if one.gaps else one.edges)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,15 +245,13 @@ class Renderer:
                     self._environment.get_template(f"{BASE}{name}{suffix}")
                     self._tracing.get_template(f"{BASE}{name}{suffix}")
 
-    def render(self, mail: Mail, *, outline: Outline | None = None) -> Email:
-        """The email that `mail` describes; an outline of such mails makes it cheaper. Raises RenderError."""
+    def render(self, mail: Mail) -> Email:
+        """The email that `mail` describes. Raises RenderError."""
         data, files = self._visible(mail)
         context = _context(mail, data, _linked(files))
-        subject = outline.subject if outline is not None and outline.subject else self._subject(mail.type, context)
-        context["subject"] = subject
-        texts = self._outlined(outline, context) if outline is not None else None
-        text, html, checked = texts or (*self._bodies(self._environment, mail.type, context), False)
-        if not checked and (unsafe := _unsafe_link(html)) is not None:
+        context["subject"] = subject = self._subject(mail.type, context)
+        text, html = self._bodies(self._environment, mail.type, context)
+        if (unsafe := _unsafe_link(html)) is not None:
             raise RenderError(f"{mail.type}/body.html: the link {unsafe!r} is neither https, http nor mailto")
         return Email(
             subject=subject,
@@ -257,16 +269,16 @@ class Renderer:
             raise RenderError(f"{type_name}/subject.txt: the subject is empty; give it at least one word")
         return subject
 
-    def outline(self, mail: Mail, *, nonce: str) -> Outline:
-        """The outline of the mails that differ from this one in personal values alone.
+    def outline(self, mail: Mail, *, values: Sequence[str], nonce: str) -> Outline:
+        """The outline of the mails that differ from this one in personal values alone: in these, by their places.
 
-        Where a template computes on these, the block in which it does so is rendered for each mail. Raises Computed
-        where it does so outside of blocks, and RenderError as `render` does.
+        Where a template computes on these in blocks, they are rendered for each mail; where it does so outside of
+        blocks, all of it is. Raises RenderError as `render` does.
         """
         data, files = self._visible(mail)
         context = _context(mail, data, _linked(files))
+        tokens = personal_tokens(values)
         used: set[str] = set()
-        tokens = dict(enumerate(_personal(context | {"subject": ""})))
         traced = context | _leaves(context, tokens, nonce) | {USED: used}
         try:
             subject = self._part(self._tracing, mail.type, "subject.txt", traced)
@@ -274,52 +286,89 @@ class Renderer:
             subject = mark(nonce, SUBJECT)
         context["subject"] = self._subject(mail.type, context)
         traced["subject"] = Leaf(mark(nonce, SUBJECT))
-        text, html = (self._gaps(mail.type, part, context, traced, nonce) for part in ("body.txt", "body.html"))
-        given = list(map(bool, _personal(context)))
-        by_place = bool(used & {"locale", "timezone"})
-        return Outline(None if marked(subject) else one_line(subject, SUBJECT_LENGTH), text, html, given, by_place)
+        text, html = (self._sketch(mail.type, part, context, traced, nonce) for part in ("body.txt", "body.html"))
+        del context["subject"]  # which the subject's own template does not see
+        grounds = cast("list[dict[str, object]]", context["grounds"])
+        urls = [context["unsubscribe_url"], *(ground["preference_url"] for ground in grounds)]
+        return Outline(
+            type=mail.type,
+            subject=None if marked(subject) else one_line(subject, SUBJECT_LENGTH),
+            text=text,
+            html=html,
+            headers=_marked_headers(mail, tokens, nonce),
+            context=context,
+            grounds=grounds,
+            links=[
+                cast("str", url or "").removesuffix(values[place])
+                for url, place in zip(urls, (UNSUBSCRIBE, *_preferences(values)), strict=True)
+            ],
+            given=list(map(bool, values)),
+            by_place=bool(used & {"locale", "timezone"}),
+        )
 
-    def _gaps(
+    def _sketch(
         self, type_name: str, part: str, context: dict[str, object], traced: dict[str, object], nonce: str
-    ) -> _Gaps:
+    ) -> _Sketch:
         """One text of an outline: `context` is what its template sees, `traced` the same with leaves."""
-        name, holes = f"{type_name}/{part}", Holes(nonce)
+        name, gaps, used = f"{type_name}/{part}", None, set[str]()
+        usual = self._environment.context(name, context)
+        pieces = _limited(self._environment.pieces(usual))  # fills in what stands at the top, and all blocks
+        try:
+            gaps = self._gaps(type_name, part, traced | {USED: used}, usual, nonce)
+        except (Computed, RenderError):
+            shared = pieces
+        else:
+            shared = gaps.literals
+            cast("set[str]", traced[USED]).update(used)
+        return _Sketch(name, {piece: _edges(piece) for piece in shared if len(piece) > 2 * _EDGE}, gaps)
+
+    def _gaps(self, type_name: str, part: str, traced: dict[str, object], usual: Context, nonce: str) -> _Gaps:
+        """The gaps of a text whose usual context was rendered before. Raises Computed where there are none."""
+        holes = Holes(nonce)
         literals, marks = split(self._part(self._tracing, type_name, part, traced | {HOLES: holes}), nonce)
         if not holes.settled or any(level > (place < FIRST_HOLE) for place, level in marks):
             raise Computed("a block sees what is set behind it, or is escaped as a whole, or a value is escaped twice")
-        usual = self._environment.context(name, context)
-        _limited(self._environment.pieces(usual))  # fills in what stands at the top, and all blocks
-        return _Gaps(name, literals, list(map(_edges, literals)), marks, holes.names, usual.vars, usual.blocks)
+        return _Gaps(literals, marks, holes.names, usual.vars, usual.blocks)
 
-    def _outlined(self, outline: Outline, context: dict[str, object]) -> tuple[str, str, bool] | None:
-        """The texts by an outline, and whether it is certain that the links in the HTML are safe.
+    def fill(
+        self, outline: Outline, values: Sequence[str], *, locale: str, timezone: str
+    ) -> tuple[str, str, str] | None:
+        """The subject, text and HTML of a mail with these personal values, by their places.
 
-        None where they must be rendered in full, if only to tell what is wrong.
+        None where it must be rendered in full, if only to tell what is wrong.
         """
-        values = _personal(context)
         if list(map(bool, values)) != outline.given:
             return None
+        context = _context_with(outline, values)
+        context["locale"], context["timezone"] = locale, timezone
         try:
-            text, html = outline.text, outline.html
-            between_text, between_html = (self._between(gaps, values, context) for gaps in (text, html))
-            texts = _tidy(_limited(woven(text.literals, between_text)), _limited(woven(html.literals, between_html)))
-        except (TemplateError, *_FAULTS):
+            context["subject"] = subject = outline.subject or self._subject(outline.type, context)
+            known = [*values]
+            known[SUBJECT] = subject
+            plain, pieces = (self._pieces(sketch, known, context) for sketch in (outline.text, outline.html))
+        except (RenderError, TemplateError, *_FAULTS):
             return None
-        return *texts, not _doubtful_link("".join(woven(html.edges, between_html)))
+        text, html = _tidy(concat(plain), concat(pieces))
+        if _doubtful_link("".join(map(outline.html.edges.get, pieces, pieces))) and _unsafe_link(html) is not None:
+            return None
+        return subject, text, html
 
-    def _between(self, gaps: _Gaps, values: list[str], context: dict[str, object]) -> list[str]:
-        """What stands between the literals of a text."""
-        found = []
+    def _pieces(self, sketch: _Sketch, values: Sequence[str], context: dict[str, object]) -> list[str]:
+        """A text, piece by piece."""
+        gaps = sketch.gaps
+        if gaps is None:
+            return _limited(self._environment.pieces(self._environment.context(sketch.template, context)))
+        between = []
         seen = None
         for place, level in gaps.marks:
             if place < FIRST_HOLE:
-                found.append(escaped(values[place]) if level else values[place])
+                between.append(escaped(values[place]) if level else values[place])
                 continue
             if seen is None:
-                seen = self._environment.context(gaps.template, context)
+                seen = self._environment.context(sketch.template, context)
                 seen.vars, seen.blocks = gaps.vars, gaps.blocks
-            found.append(_limited(seen.blocks[gaps.holes[place - FIRST_HOLE]][0](seen)))
-        return found
+            between.append(concat(_limited(seen.blocks[gaps.holes[place - FIRST_HOLE]][0](seen))))
+        return _limited(woven(gaps.literals, between))
 
     def trace(self, mail: Mail, *, tokens: Mapping[int, str], nonce: str) -> Traced:
         """The mail with marks in place of its personal values; `tokens` are those in its links, by their places.
@@ -391,7 +440,7 @@ class Renderer:
         name = f"{type_name}/{part}"
         try:
             budget = OUTPUT_BUDGET if environment is self._environment else OUTPUT_BUDGET // 2  # values may be longer
-            return _limited(environment.pieces(environment.context(name, context)), budget)
+            return concat(_limited(environment.pieces(environment.context(name, context)), budget))
         except TemplateRefused as error:
             raise RenderError(str(error)) from None
         except TemplateNotFound as error:
@@ -484,8 +533,8 @@ def _tidy(text: str, html: str) -> tuple[str, str]:
     return _BLANK_LINES.sub("\n\n", text).strip() + "\n", html.strip() + "\n"
 
 
-def _limited(given: Iterable[str], budget: int = OUTPUT_BUDGET) -> str:
-    """A template's output, at most so many characters of it."""
+def _limited(given: Iterable[str], budget: int = OUTPUT_BUDGET) -> list[str]:
+    """The pieces of a template's output, at most so many characters of it."""
     size = 0
     chunks: list[str] = []
     pieces = iter(given)
@@ -494,7 +543,7 @@ def _limited(given: Iterable[str], budget: int = OUTPUT_BUDGET) -> str:
         if size > budget:
             raise TemplateRuntimeError(f"makes more than {budget // 1024} KiB of output")
         chunks += some
-    return concat(chunks)
+    return chunks
 
 
 # --- What a template sees --------------------------------------------------------------------------------------------
@@ -534,17 +583,33 @@ def _context(mail: Mail, data: dict[str, object], links: list[dict[str, str]]) -
     }
 
 
-def _personal(context: Mapping[str, Any]) -> list[str]:
-    """The personal values of a context by their places; an empty text where there is none."""
-    values = [context["name"], context["subject"], _token(context["unsubscribe_url"]), "", ""]
-    for ground in context["grounds"]:
-        values += (ground["account"], ground["account_name"], _token(ground["preference_url"]))
-    return values
+def _context_with(outline: Outline, values: Sequence[str]) -> dict[str, object]:
+    """What `_context` makes for a mail of an outline, but for its locale and time zone."""
+    unsubscribe, *preferences = outline.links
+    at = FIRST_GROUND
+    grounds = []
+    for shared, link in zip(outline.grounds, preferences, strict=True):
+        ground = shared.copy()
+        ground["account"], ground["account_name"] = values[at], values[at + 1]
+        if link:
+            ground["preference_url"] = link + values[at + 2]
+        grounds.append(ground)
+        at += IN_A_GROUND
+    context = outline.context.copy()
+    context["name"], context["account_name"], context["grounds"] = values[NAME], values[FIRST_GROUND + 1], grounds
+    if unsubscribe:
+        context["unsubscribe_url"] = unsubscribe + values[UNSUBSCRIBE]
+    return context
 
 
-def _token(url: str | None) -> str:
-    """What of a personal link is personal; the whole link where it does not end with a word."""
-    return (url.rpartition("/")[2] or url) if url else ""
+def _preferences(values: Sequence[str]) -> range:
+    """The places of the tokens in links to preferences."""
+    return range(FIRST_GROUND + 2, len(values), IN_A_GROUND)
+
+
+def personal_tokens(values: Sequence[str]) -> dict[int, str]:
+    """Of personal values by their places those that stand in links and in the Message-ID."""
+    return {place: values[place] for place in (UNSUBSCRIBE, NUMBER, *_preferences(values))}
 
 
 def _leaves(context: Mapping[str, object], tokens: Mapping[int, str], nonce: str) -> dict[str, object]:

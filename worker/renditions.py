@@ -5,9 +5,10 @@ places for the personal values. It is made at the second mail of its kind, from 
 (`worker.tracing`), and only where that proves that the templates do nothing with a personal value but say it.
 
 Promises: equal input, equal bytes, whether by a rendition or in full. What cannot be proven is rendered in full: a
-template that computes on a value, a value that is no plain piece of one line, a mail whose words hold a boundary. Where
-a template computes inside of blocks alone, a kind that must be rendered in full has an *outline*
-(`worker.rendering.Outline`): these blocks are rendered for each mail, and what is proven is not rendered again.
+template that computes on a value, a value that is no plain piece of one line, a mail whose words hold a boundary. But
+mails whose templates compute still share an *outline* (`worker.rendering.Outline`): their headers are filled in, as
+is their subject where that is proven; where a template computes inside of blocks alone these are rendered for each
+mail, and else all of its text.
 
 And the proof is checked: the first mail of each rendition and outline, the 10th, 100th and each 1,000th of its kind are
 also rendered without and compared byte by byte; where they differ, that is logged as an error, the full mail goes out,
@@ -51,6 +52,7 @@ from worker.rendering import (
     Traced,
     date_text,
     one_line,
+    personal_tokens,
     woven,
 )
 from worker.tracing import Computed, split
@@ -93,7 +95,7 @@ class _Kind:
     listed: bool  # they can be opted out of
     mails: int = 0
     rendition: Rendition | None = None
-    outline: Outline | None = None  # for those that must be rendered in full
+    outline: _Outlined | None = None  # for those that must be rendered each
     placed: bool = False  # they have one locale and time zone
     by_place: bool = False  # those of each locale and time zone are a kind of their own
     refused: bool = False  # it is known that they must be rendered in full
@@ -160,12 +162,10 @@ class Press:
 
     # ------------------------------------------------------------ in full
 
-    def _full(
-        self, event: EventRow, due: Due, people: People, *, begun: int, eightbit: bool, outline: Outline | None = None
-    ) -> _Whole:
+    def _full(self, event: EventRow, due: Due, people: People, *, begun: int, eightbit: bool) -> _Whole:
         """The mail rendered for its recipient alone; the first of each variant and locale is read back."""
         mail = self._composer.mail_of(event, due, people, now=begun)
-        email = self._renderer.render(mail, outline=outline)
+        email = self._renderer.render(mail)
         body = mime.assemble(email, eightbit=eightbit)
         self.in_full += 1
         variant = (event.id, mail.variant, mail.locale)
@@ -177,17 +177,6 @@ class Press:
             self._proven.add(variant)
             self._told.append(Told(*variant, version))
         return _Whole(mail, email, body)
-
-    def _by_outline(
-        self, event: EventRow, due: Due, people: People, kind: _Kind, *, begun: int, eightbit: bool
-    ) -> bytes:
-        """The mail rendered with the outline of its kind; now and then without, to compare them."""
-        if kind.mails < kind.checked_at:
-            return self._full(event, due, people, begun=begun, eightbit=eightbit, outline=kind.outline).body
-        whole = self._full(event, due, people, begun=begun, eightbit=eightbit)
-        body = mime.assemble(self._renderer.render(whole.mail, outline=kind.outline), eightbit=eightbit)
-        self._check(event, due, kind, body, whole)
-        return whole.body
 
     def _prove(self, templates: tuple[str, ...], email: Email, body: bytes, *, eightbit: bool) -> None:
         """Read a mail back: by the standard library the first of these templates, and each that is not plain."""
@@ -212,29 +201,33 @@ class Press:
         begun: int,
         eightbit: bool,
     ) -> tuple[bytes, bool] | None:
-        """The mail by the rendition of its kind, and whether it is ASCII; None where it must be rendered in full."""
+        """The mail by the rendition or outline of its kind, and whether it is ASCII; None where it must be in full."""
         kind = self._kind_of(event, due, people, contact, eightbit=eightbit)
         kind.mails += 1
         if contact.locale not in kind.locales or (kind.refused and kind.outline is None):
             kind.locales.add(contact.locale)
             return None
-        if kind.outline is not None:
-            body = self._by_outline(event, due, people, kind, begun=begun, eightbit=eightbit)
-            return body, body.isascii()
         values = self._composer.personal(due, delivery, people, listed=kind.listed)
         if bool(values[NAME]) != bool(contact.name):
             return None  # a name of blanks alone: the kind's others have one
-        if kind.rendition is None:
+        seconds = _seconds(due, begun)
+        if kind.rendition is not None:
+            written = kind.rendition.write(values, recipient, seconds, eightbit=eightbit)
+        elif kind.outline is not None:
+            written = kind.outline.write(self._renderer, values, contact, recipient, seconds, eightbit=eightbit)
+        else:
             body = self._first(event, due, people, kind, values, begun=begun, eightbit=eightbit)
             return body, body.isascii()
-        written = kind.rendition.write(values, recipient, _seconds(due, begun), eightbit=eightbit)
         if written is None:
             return None
         if kind.mails >= kind.checked_at:
             whole = self._full(event, due, people, begun=begun, eightbit=eightbit)
             self._check(event, due, kind, written[0], whole)
             return whole.body, whole.body.isascii()
-        self.by_rendition += 1
+        if kind.rendition is not None:
+            self.by_rendition += 1
+        else:
+            self.in_full += 1
         return written
 
     def _kind_of(self, event: EventRow, due: Due, people: People, contact: Contact, *, eightbit: bool) -> _Kind:
@@ -295,32 +288,31 @@ class Press:
         """A new rendition for a kind; None where the templates allow none."""
         kind.tries += 1
         kind.refused = kind.tries >= MOST_TRIES
-        places = range(FIRST_GROUND + 2, len(values), IN_A_GROUND)
-        tokens = {place: values[place].decode() for place in (UNSUBSCRIBE, NUMBER, *places)}
+        said = [value.decode() for value in values]
         try:
-            traced = self._renderer.trace(whole.mail, tokens=tokens, nonce=self._nonce)
+            traced = self._renderer.trace(whole.mail, tokens=personal_tokens(said), nonce=self._nonce)
             if traced.by_place and not kind.placed:
                 kind.by_place = True
                 return None
             return Rendition(traced, whole.email, self._nonce, grounds=len(whole.mail.grounds))
         except Computed:
-            self._outline(whole, kind)
+            self._outline(whole, kind, said)
         except (RenderError, mime.MimeError):
             kind.refused = True
         return None
 
-    def _outline(self, whole: _Whole, kind: _Kind) -> None:
-        """Give a kind that has no rendition an outline, where the templates allow one."""
+    def _outline(self, whole: _Whole, kind: _Kind, values: Sequence[str]) -> None:
+        """Give a kind whose templates compute an outline."""
         kind.refused = True
         try:
-            outline = self._renderer.outline(whole.mail, nonce=self._nonce)
-        except (Computed, RenderError):
+            outline = self._renderer.outline(whole.mail, values=values, nonce=self._nonce)
+        except RenderError:
             return
         if outline.by_place and not kind.placed:
             kind.by_place, kind.refused = True, False
         else:
-            kind.outline = outline
-            self._octets += outline.octets
+            kind.outline = _Outlined(outline, whole.email, self._nonce)
+            self._octets += kind.outline.octets
 
     def _check(self, event: EventRow, due: Due, kind: _Kind, body: bytes, whole: _Whole) -> None:
         """Compare a mail with itself in full; where they differ the kind has no rendition any more."""
@@ -454,6 +446,42 @@ class Rendition:
             return None
         head = self._head.write(values, recipient, seconds)
         body = b"".join((head, frame.before, plain_head, plain, frame.between, html_head, html, frame.after))
+        return body, body.isascii()
+
+
+class _Outlined:
+    """An outline and what its mails share around their two texts."""
+
+    def __init__(self, outline: Outline, email: Email, nonce: str) -> None:
+        self.outline = outline
+        fixed = None if outline.subject is None else mime.header("Subject", outline.subject).encode()
+        self._head = _Head(outline.headers, fixed, nonce, grounds=len(outline.grounds))
+        self._frame = mime.frame(email, b"", b"")
+        self.octets = outline.octets + len(self._frame.after)
+
+    def write(
+        self,
+        renderer: Renderer,
+        values: Sequence[bytes],
+        contact: Contact,
+        recipient: str,
+        seconds: int,
+        *,
+        eightbit: bool,
+    ) -> tuple[bytes, bool] | None:
+        """What `Rendition.write` promises, with texts that are rendered for the contact."""
+        said = [value.decode() for value in values]
+        filled = renderer.fill(self.outline, said, locale=contact.locale, timezone=contact.timezone)
+        if filled is None:
+            return None
+        said[SUBJECT], text, html = filled
+        plain_part = mime.text_part("plain", *mime.encoded_body(text, eightbit=eightbit))
+        html_part = mime.text_part("html", *mime.encoded_body(html, eightbit=eightbit))
+        frame = self._frame
+        if any(boundary in plain_part or boundary in html_part for boundary in frame.boundaries):
+            return None
+        head = self._head.write(said, recipient, seconds)
+        body = b"".join((head, frame.before, plain_part, frame.between, html_part, frame.after))
         return body, body.isascii()
 
 
