@@ -79,15 +79,14 @@ class _Compiled(Template):
         return self._module or super()._get_default_module(ctx)
 
 
-def escaped(value: object) -> str:
+def escaped(value: Any) -> str:
     """The value with HTML's five signs escaped, to be joined with other pieces of a template's output."""
     kind = type(value)
+    text: str = value
     if kind is Markup:
-        return cast("str", value)
-    if kind is str:
-        text = cast("str", value)
-        if not ("&" in text or "<" in text or ">" in text or "'" in text or '"' in text):
-            return text
+        return text
+    if kind is str and not ("&" in text or "<" in text or ">" in text or "'" in text or '"' in text):
+        return text
     return escape(value)
 
 
@@ -110,7 +109,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
         )
         self.globals.clear()
-        self._loaded: dict[str, Template] = {}
+        self._loaded: dict[str | Template, Template] = {}
 
     def get_template(
         self,
@@ -119,7 +118,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         globals: MutableMapping[str, Any] | None = None,  # noqa: A002 - as in Jinja
     ) -> Template:
         """The template. They never change while a process runs, and a mail asks for 14."""
-        return self._loaded.get(cast("str", name)) or super().get_template(name, parent, globals)
+        return self._loaded.get(name) or super().get_template(name, parent, globals)
 
     def _load_template(self, name: str, globals: MutableMapping[str, Any] | None) -> Template:  # noqa: A002 - as in Jinja
         template = self._loaded[name] = super()._load_template(name, globals)
