@@ -14,6 +14,8 @@ from urllib.parse import quote
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import TemplateError
+from jinja2.compiler import CodeGenerator
 
 from tests.shared import shared
 from worker.events import TYPES
@@ -32,6 +34,7 @@ from worker.rendering import (
     one_line,
     variants,
 )
+from worker.sandbox import Sandbox
 
 STATUS = {"outage_incident", "maintenance_notice"}
 MAILED = {name: kind for name, kind in TYPES.items() if kind.category not in STATUS}
@@ -620,6 +623,35 @@ def test_a_link_to_a_script_stops_the_mail(tmp_path):
 def test_a_field_named_like_a_method_is_the_field(tmp_path):
     data = {"title": "t", "body": "b", "items": "mine"}
     assert "mine" in with_body(tmp_path, "{{ data.items }}").render(mail("service.notice", data=data)).html
+
+
+class AsJinjaDoes(Sandbox):
+    code_generator_class = CodeGenerator
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ data.get('title') }} {{ data.get('absent') }} {{ data.get('absent', data.get('key')) }}",
+        "{{ data.get(data.get('key')) }} {{ {'a': data}.get('a').get('key', 'x').get }}",
+        "{% for x in data.get('rows', []) if {1: 'on'}.get(x) %}{{ x }}{{ data.get('key') }}{% endfor %}",
+        "{% macro m(x, y=data.get('key')) %}{{ x.get(y) }}{{ y.get('x') }}{% endmacro %}{{ m(data) }}",
+        "{% set x = data.get('rows').get('x') %}",
+        "{{ other.get }}", "{{ other.get('x') }}", "{{ {'a': {}.get}.get('a')('x') }}", "{{ other.get|length }}",
+        "{{ data.get() }}", "{{ data.get([]) }}", "{{ data.get('a', 'b', 'c') }}", "{{ data.get('a', default=1) }}",
+        "{{ data.get(*['key']) }}", "{{ data.get(**{'key': 1}) }}", "{{ absent.get('x') }}", "{{ data.get(absent) }}",
+        "{{ 'text'.get('x') }}", "{{ loop.get('x') }}", "{% call data.get('key') %}x{% endcall %}",
+    ],
+)  # fmt: skip
+def test_a_mapping_is_asked_by_get_as_in_jinjas_own_sandbox(source):
+    def said(kind: type[Sandbox]) -> str:
+        data = {"title": "t", "key": "title", "rows": [1, 2]}
+        try:
+            return str(kind(None).from_string(source).render(data=data, other={"get": "a field"}))
+        except (TemplateError, TypeError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    assert said(Sandbox) == said(AsJinjaDoes)
 
 
 def test_check_finds_faults_and_files_that_no_mail_uses(tmp_path):

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import css_inline
 from jinja2 import BaseLoader, Environment, StrictUndefined, Template, TemplateNotFound, nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.environment import TemplateModule
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.loaders import split_template_path
@@ -79,6 +80,27 @@ class _Compiled(Template):
         return self._module or super()._get_default_module(ctx)
 
 
+class _Code(CodeGenerator):
+    """Asks a mapping for a value by `get` without a detour: templates do it of each field that may be absent."""
+
+    def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:  # noqa: N802 - as in Jinja
+        """A call. What it says of a mapping's own `get` is what the sandbox would say, which is asked of all others."""
+        target = node.node
+        is_get = isinstance(target, nodes.Getattr) and target.attr == "get"
+        if not is_get or forward_caller or node.kwargs or node.dyn_args is not None or node.dyn_kwargs is not None:
+            super().visit_Call(node, frame, forward_caller=forward_caller)
+            return
+        self.write("(found.get(")  # a name that Jinja uses nowhere; it is read before the arguments, which may set it
+        for argument in node.args:
+            self.visit(argument, frame)
+            self.write(", ")
+        self.write(") if type(found := ")
+        self.visit(cast("nodes.Getattr", target).node, frame)
+        self.write(") is dict and 'get' not in found else environment.call(context, environment.getattr(found, 'get')")
+        self.signature(node, frame)
+        self.write("))")
+
+
 def escaped(value: Any) -> str:
     """The value with HTML's five signs escaped, to be joined with other pieces of a template's output."""
     kind = type(value)
@@ -97,6 +119,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     """
 
     template_class = _Compiled
+    code_generator_class: type[CodeGenerator] = _Code
 
     def __init__(self, loader: BaseLoader | None) -> None:
         super().__init__(
@@ -142,8 +165,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if attribute not in SAFE_METHODS:
                 return self.undefined(hint=f"the data has no field '{attribute}'")
             return getattr(obj, attribute)
-        if kind is TemplateModule and attribute in vars(obj) and not attribute.startswith("_"):
-            return vars(obj)[attribute]
+        if kind is TemplateModule and attribute in (found := obj.__dict__) and not attribute.startswith("_"):
+            return found[attribute]
         if kind is LoopContext and attribute in LOOP:
             return getattr(obj, attribute)
         return super().getattr(obj, attribute)

@@ -21,6 +21,7 @@ from types import BuiltinMethodType, GeneratorType
 from typing import Any, Final, TypeVar, cast
 
 from jinja2 import BaseLoader, Template, Undefined, nodes
+from jinja2.compiler import CodeGenerator
 from jinja2.environment import TemplateModule
 from jinja2.runtime import BlockReference, Context, Macro
 from jinja2.visitor import NodeTransformer
@@ -357,6 +358,7 @@ class _Tracing(Sandbox):
     """The sandbox of `worker.sandbox`, in which nothing computes on a leaf."""
 
     context_class = _Watched
+    code_generator_class = CodeGenerator  # Jinja's own: it asks `call` each time
 
     def __init__(self, loader: BaseLoader | None) -> None:
         super().__init__(loader)
