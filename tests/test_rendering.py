@@ -641,6 +641,7 @@ class AsJinjaDoes(Sandbox):
         "{{ data.get() }}", "{{ data.get([]) }}", "{{ data.get('a', 'b', 'c') }}", "{{ data.get('a', default=1) }}",
         "{{ data.get(*['key']) }}", "{{ data.get(**{'key': 1}) }}", "{{ absent.get('x') }}", "{{ data.get(absent) }}",
         "{{ 'text'.get('x') }}", "{{ loop.get('x') }}", "{% call data.get('key') %}x{% endcall %}",
+        "{{ " + "data.get(" * 40 + "'key'" + ")" * 40 + " }}",
     ],
 )  # fmt: skip
 def test_a_mapping_is_asked_by_get_as_in_jinjas_own_sandbox(source):

@@ -86,8 +86,10 @@ class _Code(CodeGenerator):
     def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:  # noqa: N802 - as in Jinja
         """A call. What it says of a mapping's own `get` is what the sandbox would say, which is asked of all others."""
         target = node.node
-        is_get = isinstance(target, nodes.Getattr) and target.attr == "get"
-        if not is_get or forward_caller or node.kwargs or node.dyn_args is not None or node.dyn_kwargs is not None:
+        plain = isinstance(target, nodes.Getattr) and target.attr == "get" and not (forward_caller or node.kwargs)
+        # The arguments are written twice: calls among them would be four times, eight times ...
+        calls = any(isinstance(one, nodes.Call) or one.find(nodes.Call) for one in node.args)
+        if not plain or calls or node.dyn_args is not None or node.dyn_kwargs is not None:
             super().visit_Call(node, frame, forward_caller=forward_caller)
             return
         self.write("(found.get(")  # a name that Jinja uses nowhere; it is read before the arguments, which may set it
