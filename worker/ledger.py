@@ -29,7 +29,6 @@ from sqlalchemy import (
     delete,
     func,
     select,
-    text,
     update,
 )
 
@@ -195,7 +194,7 @@ def arrange(settlements: Sequence[Settlement], *, dialect: str) -> Outcomes:
     """Put together what one statement writes on a database of this kind.
 
     SQLite reads the rows of a statement out of one JSON text: what is over by number and time of flight (the key) and
-    reply, which takes half the time, what goes again with its times. PostgreSQL takes them as arrays.
+    reply, which takes half the time, what goes again with its times. PostgreSQL finds its values in JSON by number.
     """
     groups: dict[tuple[Any, ...], list[Settlement]] = {}
     for one in settlements:
@@ -206,9 +205,9 @@ def arrange(settlements: Sequence[Settlement], *, dialect: str) -> Outcomes:
         flown = [one.flown_at if one.attempted else 0 for one in alike]
         if dialect != "sqlite":
             rows["numbers"] = [one.n for one in alike]
-            rows["replies"] = [one.reply for one in alike]
-            rows["times"] = [one.due_at for one in alike]
-            rows["flown"] = flown
+            rows["replies"] = json.dumps({one.n: one.reply for one in alike})
+            rows["flown"] = json.dumps({one.n: at for one, at in zip(alike, flown, strict=True) if at})
+            rows["times"] = json.dumps({one.n: one.due_at for one in alike if one.due_at is not None})
         elif first.status is not Status.PLANNED:
             rows["rows"] = json.dumps({f"{one.n} {at}": one.reply for one, at in zip(alike, flown, strict=True)})
         else:
@@ -289,14 +288,14 @@ def _record(
     """Write outcomes that are alike where their deliveries stand as `before`; returns how many rows changed.
 
     On SQLite the event, too, seems to come from the rows: else it would walk through all its deliveries for each.
-    PostgreSQL, which would do so anyway (performance.md, 2), looks each row up by its key and then in arrays.
+    PostgreSQL, which would do so anyway (performance.md, 2), looks each row up by its key and then in JSON.
     """
     made = int(first.attempted and before is Status.PLANNED)
     if connection.dialect.name != "sqlite":
         statement = _RECORD_POSTGRESQL
     else:
         statement = _AGAIN_SQLITE if first.status is Status.PLANNED else _OVER_SQLITE
-    return connection.execute(statement, {**rows, "made": made, "before": int(before), "because": why}).rowcount
+    return run(connection, statement, {**rows, "made": made, "before": int(before), "because": why}).rowcount
 
 
 _RECORD = """
@@ -308,30 +307,26 @@ _RECORD = """
 _FOUND_SQLITE = """
     FROM json_each(:rows) WHERE event_id = CASE WHEN key IS NULL THEN NULL ELSE :e END AND n = CAST(key AS integer)
 """
-_OVER_SQLITE = text(
-    _RECORD.format(
-        due_at="NULL",
-        flown_at="CAST(substr(key, instr(key, ' ')) AS integer)",
-        reply="value",
-        found=_FOUND_SQLITE,
-    )
+_OVER_SQLITE = _RECORD.format(
+    due_at="NULL",
+    flown_at="CAST(substr(key, instr(key, ' ')) AS integer)",
+    reply="value",
+    found=_FOUND_SQLITE,
 )
-_AGAIN_SQLITE = text(
-    _RECORD.format(
-        due_at="json_extract(value, '$[1]')",
-        flown_at="json_extract(value, '$[2]')",
-        reply="json_extract(value, '$[0]')",
-        found=_FOUND_SQLITE,
-    )
+_AGAIN_SQLITE = _RECORD.format(
+    due_at="json_extract(value, '$[1]')",
+    flown_at="json_extract(value, '$[2]')",
+    reply="json_extract(value, '$[0]')",
+    found=_FOUND_SQLITE,
 )
-_PLACE = "array_position(CAST(:numbers AS integer[]), n)"
-_RECORD_POSTGRESQL = text(
-    _RECORD.format(
-        due_at=f"(CAST(:times AS bigint[]))[{_PLACE}]",
-        flown_at=f"(CAST(:flown AS bigint[]))[{_PLACE}]",
-        reply=f"(CAST(:replies AS text[]))[{_PLACE}]",
-        found="WHERE event_id = :e AND n = ANY(CAST(:numbers AS integer[]))",
-    )
+_RECORD_POSTGRESQL = _RECORD.format(
+    due_at="CAST(times ->> CAST(n AS text) AS bigint)",
+    flown_at="CAST(flown ->> CAST(n AS text) AS bigint)",
+    reply="replies ->> CAST(n AS text)",
+    found="""
+      FROM (SELECT CAST(:replies AS jsonb) replies, CAST(:flown AS jsonb) flown, CAST(:times AS jsonb) times OFFSET 0) t
+      WHERE event_id = :e AND n = ANY(CAST(:numbers AS integer[]))
+    """,  # OFFSET: JSON is read once, not once for each row
 )
 
 
