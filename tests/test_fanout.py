@@ -341,7 +341,7 @@ def test_a_cancelled_event_is_planned_no_further_and_keeps_what_was_sent(databas
         assert taken is not None
         flight, _ = ledger.begin(connection, taken, WORKER, [1], now=NOW)
         sent = ledger.Settlement(
-            1, 1, taken.slice_id, taken.epoch, flight, ledger.Status.ACCEPTED, None, True, None, "r", "250", NOW, NOW
+            1, [1], ["250"], first, taken.epoch, flight, ledger.Status.ACCEPTED, None, True, None, "r", NOW, NOW
         )
         assert ledger.settle(connection, WORKER, ledger.arrange([sent], dialect=database.dialect)) == 1
         ledger.land(connection, [flight])

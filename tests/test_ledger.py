@@ -49,8 +49,8 @@ def claim(database: Database, owner: int, slice_id: int = 1) -> Claim | None:
 
 def outcome(taken: Claim, n: int, status: Status, *, due_at: int | None = None) -> Settlement:
     return Settlement(
-        event_id=1, n=n, slice_id=taken.slice_id, epoch=taken.epoch, flight_id=0, status=status, reason=None,
-        attempted=True, due_at=due_at, relay="r", reply="250", flown_at=NOW, at=NOW,
+        event_id=1, numbers=[n], replies=["250"], slice_id=taken.slice_id, epoch=taken.epoch, flight_id=0,
+        status=status, reason=None, attempted=True, due_at=due_at, relay="r", flown_at=NOW, at=NOW,
     )  # fmt: skip
 
 

@@ -51,9 +51,10 @@ def writing(database: Database) -> Iterator[Writer]:
         writer.stop()
 
 
-def accepted(claim: Claim, n: int) -> Settlement:
+def accepted(claim: Claim, *numbers: int) -> Settlement:
+    replies = [f"250 {n}" for n in numbers]
     return Settlement(
-        1, n, claim.slice_id, claim.epoch, 0, Status.ACCEPTED, None, True, None, "r", f"250 {n}", NOW, NOW
+        1, numbers, replies, claim.slice_id, claim.epoch, 0, Status.ACCEPTED, None, True, None, "r", NOW, NOW
     )
 
 
@@ -102,9 +103,9 @@ def test_outcomes_that_come_together_are_each_recorded_once(owing: tuple[Databas
     async def send(writer: Writer) -> None:
         settler = Settler(writer, worker)
         settler.add(accepted(claim, 1))
-        settler.add_all([accepted(claim, n) for n in range(2, SETTLE_OUTCOMES)])
+        settler.add(accepted(claim, *range(2, SETTLE_OUTCOMES)))
         await asyncio.sleep(0)
-        settler.add_all([accepted(claim, n) for n in range(SETTLE_OUTCOMES, SETTLE_OUTCOMES + 5)])
+        settler.add(accepted(claim, *range(SETTLE_OUTCOMES, SETTLE_OUTCOMES + 5)))
         assert settler.take(MAILS) == IN_FLIGHT - SETTLE_OUTCOMES - 4
         await settler.recorded(claim.slice_id)
         assert settler.take(MAILS) == IN_FLIGHT

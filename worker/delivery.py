@@ -663,16 +663,24 @@ class _Mails:
         sender.settler.in_air -= len(dues)
         self.answered += len(dues)
         sender.sender_took(event.class_)
-        self.settled.update([due.n for due in dues])
-        claim, name, begun, now = work.claim, flight.relay.name, flight.begun, sender.clock()
-        event_id, slice_id, epoch, flight_id, status = event.id, claim.slice_id, claim.epoch, flight.id, Status.ACCEPTED
-        sender.settler.add_all(
-            [
-                Settlement(
-                    event_id, due.n, slice_id, epoch, flight_id, status, None, True, None, name, reply, begun, now
-                )
-                for due, reply in zip(dues, replies, strict=True)
-            ]
+        settled = [due.n for due in dues]
+        self.settled.update(settled)
+        sender.settler.add(
+            Settlement(
+                event.id,
+                settled,
+                replies,
+                work.claim.slice_id,
+                work.claim.epoch,
+                flight.id,
+                Status.ACCEPTED,
+                None,
+                attempted=True,
+                due_at=None,
+                relay=flight.relay.name,
+                flown_at=flight.begun,
+                at=sender.clock(),
+            )
         )
 
     def _not_sent(self, due: Due) -> None:
@@ -810,7 +818,8 @@ class _Mails:
         self.sender.settler.add(
             Settlement(
                 event.id,
-                due.n,
+                (due.n,),
+                (outcome.reply if outcome is not None else reply,),
                 self.work.claim.slice_id,
                 self.work.claim.epoch,
                 self._holds.get(due.n, self.flight.id),
@@ -819,7 +828,6 @@ class _Mails:
                 outcome is not None if attempted is None else attempted,
                 due_at,
                 self.flight.relay.name if outcome is not None else None,
-                outcome.reply if outcome is not None else reply,
                 self.flight.begun,
                 self.sender.clock(),
             )

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
@@ -88,10 +89,11 @@ class Claim:
 
 
 class Settlement(NamedTuple):
-    """What became of one delivery, as it is to be recorded."""
+    """What became of deliveries of one flight that ended alike, as it is to be recorded."""
 
     event_id: int
-    n: int
+    numbers: Sequence[int]
+    replies: Sequence[str | None]  # of each
     slice_id: int
     epoch: int
     flight_id: int  # 0 where nothing was begun
@@ -100,7 +102,6 @@ class Settlement(NamedTuple):
     attempted: bool
     due_at: int | None
     relay: str | None
-    reply: str | None
     flown_at: int  # the Date of this attempt
     at: int
 
@@ -199,25 +200,27 @@ def arrange(settlements: Sequence[Settlement], *, dialect: str) -> Outcomes:
     groups: dict[tuple[Any, ...], list[Settlement]] = {}
     for one in settlements:
         groups.setdefault((one.event_id, one.status, one.reason, one.attempted, one.relay), []).append(one)
-    written = []
-    for alike in groups.values():
-        first, rows = alike[0], dict[str, object]()
-        flown = [one.flown_at if one.attempted else 0 for one in alike]
-        if dialect != "sqlite":
-            rows["numbers"] = [one.n for one in alike]
-            rows["replies"] = json.dumps({one.n: one.reply for one in alike})
-            rows["flown"] = json.dumps({one.n: at for one, at in zip(alike, flown, strict=True) if at})
-            rows["times"] = json.dumps({one.n: one.due_at for one in alike if one.due_at is not None})
-        elif first.status is not Status.PLANNED:
-            rows["rows"] = json.dumps({f"{one.n} {at}": one.reply for one, at in zip(alike, flown, strict=True)})
-        else:
-            rows["rows"] = json.dumps(
-                {one.n: [one.reply, one.due_at, at] for one, at in zip(alike, flown, strict=True)}
-            )
-        rows |= {"e": first.event_id, "to": int(first.status), "why": first.reason, "by": first.relay}
-        rows["settled"] = alike[-1].at if first.status is not Status.PLANNED else None
-        written.append((first, len(alike), rows))
-    return Outcomes(settlements, written)
+    return Outcomes(settlements, [_alike(group, dialect) for group in groups.values()])
+
+
+def _alike(settlements: Sequence[Settlement], dialect: str) -> tuple[Settlement, int, Mapping[str, object]]:
+    first, numbers = settlements[0], list(chain.from_iterable(one.numbers for one in settlements))
+    replies = chain.from_iterable(one.replies for one in settlements)
+    over = first.status is not Status.PLANNED
+    flown = (one.flown_at if one.attempted else 0 for one in settlements for _ in one.numbers)
+    times = (one.due_at for one in settlements for _ in one.numbers)
+    rows: dict[str, object] = {"e": first.event_id, "to": int(first.status), "why": first.reason, "by": first.relay}
+    rows["settled"] = settlements[-1].at if over else None
+    if dialect != "sqlite":
+        rows["numbers"] = numbers
+        rows["replies"] = json.dumps(dict(zip(numbers, replies, strict=True)))
+        rows["flown"] = json.dumps(dict(zip(numbers, flown, strict=True)))
+        rows["times"] = json.dumps({} if over else dict(zip(numbers, times, strict=True)))
+    elif over:
+        rows["rows"] = json.dumps({f"{n} {at}": said for n, at, said in zip(numbers, flown, replies, strict=True)})
+    else:
+        rows["rows"] = json.dumps(dict(zip(numbers, zip(replies, times, flown, strict=True), strict=True)))
+    return first, len(numbers), rows
 
 
 def settle(connection: Connection, worker: int, outcomes: Outcomes) -> int:

@@ -27,7 +27,7 @@ logger = logs.get(__name__)
 
 SETTLE_SECONDS = 0.01
 SETTLE_OUTCOMES = 192
-#: Outcomes wait no longer, and no more of them, before they are committed (design, principle 6).
+#: Outcomes wait no longer, or for no more than these, before they are committed (design, principle 6).
 IN_FLIGHT = 256
 #: Mails of a worker process that were handed over and whose outcomes are not committed.
 LAG_SECONDS = 0.03
@@ -51,6 +51,7 @@ class Settler:
     worker: int
     destinations: Destinations = field(default_factory=Destinations)
     _pending: list[Settlement] = field(default_factory=list)
+    _waits: int = 0  # outcomes in these
     _finishes: list[Finish] = field(default_factory=list)
     _besides: list[Callable[[Connection], None]] = field(default_factory=list)
     _flights: dict[int, int] = field(default_factory=dict)  # flight -> mails not yet settled
@@ -68,7 +69,7 @@ class Settler:
 
     def take(self, wanted: int) -> int:
         """How many mails may be handed over now: none while an outcome waits for long."""
-        room = IN_FLIGHT - self.in_air - self._uncommitted - len(self._pending)
+        room = IN_FLIGHT - self.in_air - self._uncommitted - self._waits
         return 0 if self._lags() else max(0, min(wanted, room))
 
     async def room(self) -> None:
@@ -94,21 +95,14 @@ class Settler:
         self._flights.pop(flight_id, None)
 
     def add(self, settlement: Settlement) -> None:
-        """What became of one mail; it is committed soon."""
-        self.add_all((settlement,))
-
-    def add_all(self, settlements: Sequence[Settlement]) -> None:
-        """What became of several mails."""
-        while settlements:
-            pending = self._pending
-            if not pending:
-                self._since = monotonic()
-                self._timer = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self.flush)
-            room = SETTLE_OUTCOMES - len(pending)
-            pending += settlements[:room]
-            settlements = settlements[room:]
-            if len(pending) >= SETTLE_OUTCOMES:
-                self.flush()
+        """What became of some mails; it is committed soon."""
+        if not self._pending:
+            self._since = monotonic()
+            self._timer = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self.flush)
+        self._pending.append(settlement)
+        self._waits += len(settlement.numbers)
+        if self._waits >= SETTLE_OUTCOMES:
+            self.flush()
 
     def besides(self, work: Callable[[Connection], None]) -> None:
         """Something that may wait until the next outcomes are committed, and is committed with them."""
@@ -147,16 +141,18 @@ class Settler:
         finishes, self._finishes = self._finishes, []
         besides, self._besides = self._besides, []
         landed = []
-        for flight_id, mails in Counter([one.flight_id for one in batch]).items():
+        for one in batch:
+            mails, flight_id = len(one.numbers), one.flight_id
+            self._unrecorded[one.slice_id] += mails
             if flight_id in self._flights:
                 self._flights[flight_id] -= mails
                 if not self._flights[flight_id]:
                     del self._flights[flight_id]
                     landed.append(flight_id)
         if batch:
-            self._unrecorded.update([one.slice_id for one in batch])
             self._committing[id(batch)] = self._since
-            self._uncommitted += len(batch)
+            self._uncommitted += self._waits
+            self._waits = 0
         if batch or finishes or besides:
             self._submit(batch, landed, finishes, besides, self.destinations.changes() if batch else {})
 
@@ -203,20 +199,22 @@ class Settler:
         error = future.exception()
         if error is not None:
             # The mails have left: the result is kept and tried again, for as long as this process lives.
-            logger.error("database.unusable", why=str(error), outcomes=len(batch), tried_again_in_seconds=1)
+            outcomes = sum(len(one.numbers) for one in batch)
+            logger.error("database.unusable", why=str(error), outcomes=outcomes, tried_again_in_seconds=1)
             asyncio.get_running_loop().call_later(1.0, again)
             return
         self.destinations.written(learnt)
         if batch:
             del self._committing[id(batch)]
-            self._uncommitted -= len(batch)
-        self._committed_some.set()
-        for slice_id, count in Counter([one.slice_id for one in batch]).items():
-            self._unrecorded[slice_id] -= count
+        for one in batch:
+            mails, slice_id = len(one.numbers), one.slice_id
+            self._uncommitted -= mails
+            self._unrecorded[slice_id] -= mails
             if not self._unrecorded[slice_id]:
                 del self._unrecorded[slice_id]
                 if slice_id in self._waiting:
                     self._waiting.pop(slice_id).set()
+        self._committed_some.set()
         for finish, ended in zip(finishes, future.result(), strict=True):
             if not finish.done.done():
                 finish.done.set_result(ended)

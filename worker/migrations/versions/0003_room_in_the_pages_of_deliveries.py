@@ -12,9 +12,3 @@ def upgrade() -> None:
     """Go forward."""
     if op.get_bind().dialect.name == "postgresql":
         op.execute("ALTER TABLE deliveries SET (fillfactor = 40)")
-
-
-def downgrade() -> None:
-    """Go back."""
-    if op.get_bind().dialect.name == "postgresql":
-        op.execute("ALTER TABLE deliveries RESET (fillfactor)")
