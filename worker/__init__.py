@@ -10,8 +10,8 @@ The path, with the module that owns each step:
    and frees what vanished workers held (`leases`, `heartbeat`); `actors` hand a slice to `delivery`.
 6. `delivery` claims the slice, finds room in the limits (`paces`, `destinations`), checks again, and per mail: `mails`
    gathers, `renditions` writes it, out of what an event's mails share (`tracing` proves that they do) or in full
-   (`rendering`, `mime`), `relay` and `transaction` hand it over, several at a time, and `replies` says what an answer
-   means; `settler` records what became of it within milliseconds, `schedule` says when it is tried again.
+   (`rendering`, `filters`, `mime`), `relay` and `transaction` hand it over, several at a time, and `replies` says what
+   an answer means; `settler` records what became of it within milliseconds, `schedule` says when it is tried again.
 7. What needs a person is noted (`matters`), listed (`standing`), mailed to operators (`notices`) and decided
    (`decisions`, `restore`).
 

@@ -3,7 +3,7 @@
 Promises: equal `Mail`, equal `Email`. A template sees plain values alone, and a signing link only in the variant
 `esign`: in every other one it is taken out of the data first, wherever it stands (rules.md XC-08). What comes from
 outside is text: escaped in HTML, one line in headers. A template with a fault raises RenderError and yields no mail.
-Owns: the records Mail, Ground, Attachment and Email; the filters; headers and footer facts of contract.md section 8.
+Owns: the records Mail, Ground, Attachment and Email; headers and footer facts of contract.md section 8.
 Types of the class `status` have no template, for they are never mailed.
 """
 
@@ -16,24 +16,21 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime
-from decimal import Decimal, InvalidOperation
+from datetime import UTC, datetime
 from email.utils import format_datetime
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, cast
-from zoneinfo import ZoneInfo
 
-from jinja2 import TemplateError, TemplateNotFound, pass_context
+from jinja2 import TemplateError, TemplateNotFound
 from jinja2.exceptions import TemplateRuntimeError
 from jinja2.runtime import Context
 from jinja2.utils import concat
-from markupsafe import Markup
 
 from worker import masking
-from worker.event_fields import ATTACHMENT_TYPES, MAX_ATTACHMENT_BYTES, instant
-from worker.markdown import markdown_html
+from worker.event_fields import ATTACHMENT_TYPES, MAX_ATTACHMENT_BYTES
+from worker.filters import filters, role_title
 from worker.masking import WITHHELD
 from worker.sandbox import (
     BASE,
@@ -42,7 +39,6 @@ from worker.sandbox import (
     TemplateRefused,
     environment,
     escaped,
-    inline_fragment,
     shipped_templates,
 )
 from worker.tracing import FIRST_HOLE, HOLES, USED, Computed, Holes, Leaf, mark, marked, split, tracing
@@ -219,18 +215,7 @@ class Renderer:
         self._roots = roots
         self._versions: dict[str, str] = {}
         style = next(root / STYLE for root in roots if (root / STYLE).is_file())
-        self._prose = _Prose(style)
-        self._environment = environment(
-            roots,
-            filters={
-                "money": _money,
-                "date": _date,
-                "datetime": _datetime,
-                "markdown": self._prose.html,
-                "link": _link,
-                "role_title": _role_title,
-            },
-        )
+        self._environment = environment(roots, filters=filters(style))
         self._tracing = tracing(self._environment)
         self._seen: _Seen = ({}, "direct", ({}, []))
 
@@ -558,7 +543,7 @@ def _context(mail: Mail, data: dict[str, object], links: list[dict[str, str]]) -
             "category": ground.category,
             "category_title": ground.category_title or mail.category_title,
             "roles": list(ground.roles),
-            "role_titles": [_role_title(title) for title in ground.role_titles],
+            "role_titles": [role_title(title) for title in ground.role_titles],
             "preference_url": ground.preference_url,
         }
         for ground in mail.grounds
@@ -821,87 +806,6 @@ def file_name(given: str, endings: tuple[str, ...]) -> str:
     stem, dot, ending = name.rpartition(".")
     name = f"{stem[: NAME_LENGTH - len(ending) - 1].rstrip(' .') or 'file'}{dot}{ending}"
     return f"_{name[1:]}" if _RESERVED_NAME.fullmatch(name) else name
-
-
-# --- Filters ---------------------------------------------------------------------------------------------------------
-
-MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-
-
-class _Prose:
-    """The filter `markdown`: safe HTML with the style sheet's rules for `.prose` written into it."""
-
-    def __init__(self, style: Path) -> None:
-        css = style.read_text(encoding="utf-8")
-
-        @lru_cache(maxsize=128)  # the recipients of a broadcast share its body
-        def html(source: str) -> Markup:
-            wrapped = inline_fragment(f'<div class="prose">{markdown_html(source)}</div>', css)
-            return Markup(wrapped.partition(">")[2].removesuffix("</div>"))  # noqa: S704 - cleaned by markdown_html
-
-        self.html = html
-
-
-@lru_cache(maxsize=1024)
-def _money(amount: str | None, currency: str) -> str:
-    """`1,280.00 EUR`; an absent amount is an empty text."""
-    if amount is None:
-        return ""
-    try:
-        return f"{Decimal(amount):,f} {currency}"
-    except InvalidOperation:
-        raise TemplateRuntimeError(f"{amount!r} is not an amount") from None
-
-
-@lru_cache(maxsize=1024)
-def _date(day: str | None) -> str:
-    """`21 Dec 2026`; an absent date is an empty text."""
-    if day is None:
-        return ""
-    try:
-        return _day(date.fromisoformat(day))
-    except ValueError:
-        raise TemplateRuntimeError(f"{day!r} is not a date") from None
-
-
-@pass_context
-def _datetime(context: Context, moment: str | None) -> str:
-    """`21 Nov 2026, 11:00 Berlin time (10:00 UTC)`, in the recipient's time zone."""
-    return "" if moment is None else _moment(moment, str(context.resolve("timezone")))
-
-
-@lru_cache(maxsize=1024)
-def _moment(moment: str, timezone: str) -> str:
-    try:
-        there = instant(moment)
-    except ValueError:
-        raise TemplateRuntimeError(f"{moment!r} is not a time") from None
-    utc = f"{_day(there)}, {there:%H:%M} UTC"
-    if timezone in ("", "UTC", "Etc/UTC"):
-        return utc
-    try:
-        here = there.astimezone(ZoneInfo(timezone))
-    except (LookupError, ValueError, OSError):  # an unknown zone must not keep anybody from hearing about the event
-        return utc
-    city = timezone.rpartition("/")[2].replace("_", " ")
-    plain_utc = f"{there:%H:%M} UTC" if here.date() == there.date() else utc
-    return f"{_day(here)}, {here:%H:%M} {city} time ({plain_utc})"
-
-
-def _day(day: date) -> str:
-    return f"{day.day} {MONTHS[day.month - 1]} {day.year}"
-
-
-def _link(url: str) -> str:
-    """The address itself where it leads to the web or a mailbox; a fault where it leads elsewhere."""
-    if url.startswith(("https://", "http://", "mailto:")):
-        return url
-    raise TemplateRuntimeError(f"{url!r} is no link that a mail may hold (https, http or mailto)")
-
-
-def _role_title(title: str) -> str:
-    """The role's name without the explanation that a catalogue may give in brackets."""
-    return title.partition(" (")[0]
 
 
 def _sample_mail(type_name: str, data: Mapping[str, object], variant: Variant) -> Mail:
