@@ -122,9 +122,8 @@ class Database:
             try:
                 with connection.begin():
                     yield connection
-            except BaseException as error:
-                if isinstance(error, DBAPIError) or _driver(connection).in_transaction:
-                    self._write_by_another()  # whatever state this one is in
+            except BaseException:
+                self._write_by_another()  # whatever state this one is in
                 raise
 
     def _write_by(self) -> Connection:
@@ -179,9 +178,9 @@ class Database:
         """Close every connection."""
         with self._writer:
             self._write_by_another()
+            if self._turn is not None:
+                self._turn.close()
         self.engine.dispose()
-        if self._turn is not None:
-            self._turn.close()
 
 
 class _ServerClock:
@@ -290,8 +289,7 @@ def _begin_to_write(raw: sqlite3.Connection, turn: _Turn) -> bool:
     Processes look in turn, so that who has just written does not come before who waited.
     """
     began = time.monotonic()
-    while not (ours := turn.take()) and time.monotonic() - began < AT_ONCE_SECONDS:
-        time.sleep(LOOK_SECONDS)
+    ours = turn.wait()
     try:
         while True:
             try:
@@ -312,15 +310,24 @@ class _Turn:
     """Who waits for SQLite's lock next, for as long as it waits: a lock on a file beside the database.
 
     SQLite gives its lock to whoever asks at the right moment: a process that has just written would have it again
-    before one that looks for it from time to time. Nothing depends on a turn: one that does not come is done without.
+    before one that looks for it from time to time. Nothing depends on a turn: one that does not come is done without,
+    and not waited for again before one came, for who has it may be frozen.
     """
 
     def __init__(self, database: Path) -> None:
         self._path = database.with_name(database.name + ".turn")
         self._file: int | None = None
+        self._patience = AT_ONCE_SECONDS
 
-    def take(self) -> bool:
-        """Whether it is nobody else's turn; it is ours from then on."""
+    def wait(self) -> bool:
+        """Wait for our turn; whether it came."""
+        gives_up_at = time.monotonic() + self._patience
+        while not (ours := self._take()) and time.monotonic() < gives_up_at:
+            time.sleep(LOOK_SECONDS)
+        self._patience = AT_ONCE_SECONDS if ours else 0.0
+        return ours
+
+    def _take(self) -> bool:
         with suppress(OSError):  # a folder in which we can't write, a file system without locks
             if self._file is None:
                 self._file = os.open(self._path, os.O_RDONLY | os.O_CREAT, 0o644)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import sqlite3
 import threading
 import time
@@ -122,6 +123,23 @@ def test_who_waited_writes_before_the_process_that_has_just_written(sqlite_datab
         busy.join()
         other.close()
     assert sorted(passed)[4] <= 1, f"so often another one came first: {passed}"
+
+
+def test_a_turn_that_does_not_come_is_waited_for_once(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table(sqlite_database)
+    assert sqlite_database.path is not None
+    waits: list[float] = []
+    with sqlite_database.path.with_name(sqlite_database.path.name + ".turn").open() as of_a_frozen_process:
+        fcntl.flock(of_a_frozen_process, fcntl.LOCK_EX)
+        monkeypatch.setattr(subscriptions.database.time, "sleep", waits.append)
+        for words in ("waits", "does not", "does not either"):
+            waits.clear()
+            add(sqlite_database, words)
+            assert bool(waits) == (words == "waits")
+    add(sqlite_database, "had a turn")
+    assert count(sqlite_database) == 4
 
 
 def test_a_commit_survives_the_loss_of_power(sqlite_database: Database) -> None:

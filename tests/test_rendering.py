@@ -655,6 +655,14 @@ def test_a_mapping_is_asked_by_get_as_in_jinjas_own_sandbox(source):
     assert said(Sandbox) == said(AsJinjaDoes)
 
 
+def test_a_shared_template_that_can_not_be_read_stops_no_mail_that_does_without_it(tmp_path):
+    renderer = with_body(tmp_path, "{{ data.title }}")
+    (tmp_path / "_base").mkdir()
+    (tmp_path / "_base/mine.txt").write_bytes("{# Grüße #}".encode("latin-1"))
+    renderer.prepare()
+    assert renderer.render(mail("service.notice")).html
+
+
 def test_check_finds_faults_and_files_that_no_mail_uses(tmp_path):
     renderer = with_body(tmp_path, "{{ data.titel }}")
     (tmp_path / "service.notise").mkdir()

@@ -226,7 +226,7 @@ class Renderer:
         """
         for name in sorted({path.stem for root in self._roots for path in (root / BASE).glob("*.txt")}):
             for suffix in (".txt", ".html"):
-                with suppress(TemplateError, TemplateRefused):
+                with suppress(Exception):  # also what is no UTF-8, or cannot be compiled
                     self._environment.get_template(f"{BASE}{name}{suffix}")
                     self._tracing.get_template(f"{BASE}{name}{suffix}")
 
