@@ -2,8 +2,8 @@
 
 It promises two kinds of transaction and nothing else: `read()` sees one snapshot, `write()` is the only door for
 changes. In a process one writer works at a time (a lock stands before SQLite's own), so that writers queue in order
-instead of spinning on "database is locked"; SQLite is written by one connection that is kept. Nothing is opened before
-`Database` is made.
+instead of spinning on "database is locked"; processes look for SQLite's in turn. SQLite is written by one connection
+that is kept. Nothing is opened before `Database` is made.
 
 Times are whole microseconds since 1970, UTC, everywhere: `Clock` is what tests replace. On PostgreSQL, where several
 hosts work, the server's clock counts (`Database.clock`), so that a host whose clock is wrong does no harm.
