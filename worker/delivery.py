@@ -38,7 +38,7 @@ from worker.mails import Composer, Due, GroundRow, People, Shape, as_planned, ga
 from worker.paces import SECOND, Paces, Rest, flight_size
 from worker.relay import About, Envelope, Kind, Outcome, Relay, RelayError, Relays
 from worker.renditions import Press, Told
-from worker.replies import taken
+from worker.replies import acceptance
 from worker.schedule import SOON_SECONDS, Over, in_time, retry_at
 from worker.schema import events, pauses
 from worker.settings import Settings, domain_of
@@ -658,7 +658,7 @@ class _Mails:
         dues = [self._flown[number] for number in numbers]
         if work.hold or not sender.settler.destinations.calm or any(due.attempts for due in dues):
             for number, reply in zip(numbers, replies, strict=True):
-                self.done(number, taken(reply))
+                self.done(number, acceptance(reply))
             return
         sender.settler.in_air -= len(dues)
         self.answered += len(dues)

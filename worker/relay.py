@@ -27,7 +27,7 @@ from typing import NoReturn, cast
 import aiosmtplib
 
 from worker import logs
-from worker.replies import About, Kind, Outcome, printable, taken
+from worker.replies import About, Kind, Outcome, acceptance, printable
 from worker.settings import RelaySettings
 from worker.transaction import NEEDS_8BITMIME, WITHDRAWN, Channel, Envelope, Gate, Mail
 
@@ -545,7 +545,7 @@ class _Flight:
             self._took([mail.number for mail in mails], replies)
             return
         for mail, reply in zip(mails, replies, strict=True):
-            self._done(mail.number, taken(reply))
+            self._done(mail.number, acceptance(reply))
 
     def begins_again(self) -> bool:
         """Before a connection is had: whether it must be a fresh one."""

@@ -58,7 +58,7 @@ class Outcome:
         return said if self.kind is Kind.ACCEPTED else f"{said} ({_STAGES[self.stage]})"
 
 
-def taken(reply: str) -> Outcome:
+def acceptance(reply: str) -> Outcome:
     """The outcome of a mail that was accepted with a 250, of which this is `Outcome.reply`."""
     return Outcome(Kind.ACCEPTED, About.CONTENT, 250, reply[4:])
 
