@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +28,8 @@ from worker.mime import MimeError
 from worker.rendering import Renderer, RenderError
 from worker.renditions import Press
 from worker.settings import load
+from worker.sheets import Sheet
+from worker.transaction import Envelope
 
 BEGUN = 1_795_255_200_000_000
 ULID = "01JCV3N6M1Q9T8S7R6P5N4M3K2"
@@ -122,12 +124,27 @@ class Audience:
         return self
 
 
-def by_press(press: Press, event: EventRow, audience: Audience, *, eightbit: bool = False) -> list[Any]:
-    """What a press makes of each mail: its bytes, or the kind of its error."""
-    return [
-        outcome(lambda due=due: press.envelope(event, due, audience.people, begun=BEGUN, eightbit=eightbit).body)
-        for due in audience.dues
-    ]
+def by_press(
+    press: Press, event: EventRow, audience: Audience, *, eightbit: bool = False, on_a_sheet: int = 3
+) -> list[Any]:
+    """The bytes of each mail, or the kind of its error; with so many on a sheet, or by the press alone."""
+    makers = envelopes(press, event, audience, eightbit=eightbit, on_a_sheet=on_a_sheet)
+    return [outcome(lambda make=make: make().body) for make in makers]
+
+
+def envelopes(
+    press: Press, event: EventRow, audience: Audience, *, eightbit: bool, on_a_sheet: int = 3
+) -> Iterator[Callable[[], Envelope]]:
+    """What makes each mail."""
+    people = audience.people
+    for position, due in enumerate(audience.dues):
+        if not on_a_sheet:
+            yield partial(press.envelope, event, due, people, begun=BEGUN, eightbit=eightbit)
+            continue
+        if not position % on_a_sheet:
+            dues = audience.dues[position : position + on_a_sheet]
+            sheet = Sheet(press, event, dues, people, begun=BEGUN, eightbit=eightbit)
+        yield partial(sheet.envelope, due)
 
 
 def in_full(
@@ -259,9 +276,10 @@ NOT_ONLY_IN_BLOCKS = (
     links=st.booleans(),
     email=st.sampled_from(["ada@acme.example", "ada@bücher.example", "zoë@acme.example", "a" * 60 + "@x.example"]),
     title=st.sampled_from(["Plain title", "Schöne Grüße", "日本語" * 30, "x" * 190]),
+    on_a_sheet=st.sampled_from([0, 1, 3]),
 )
 def test_a_mail_by_a_rendition_has_the_bytes_of_the_same_mail_in_full(
-    type_name, source, part, shape, others, eightbit, links, email, title
+    type_name, source, part, shape, others, eightbit, links, email, title, on_a_sheet
 ):
     renderer = SHIPPED if source is None else with_body(source.replace('.html"', f'{part[4:]}"'), part)
     event = an_event("service.notice" if source is not None else type_name)
@@ -275,7 +293,7 @@ def test_a_mail_by_a_rendition_has_the_bytes_of_the_same_mail_in_full(
         audience.add(name, accounts=accounts, shape=shape, email=email)
     press = a_press(renderer, composer)
     with structlog.testing.capture_logs() as lines:
-        made = by_press(press, event, audience, eightbit=eightbit)
+        made = by_press(press, event, audience, eightbit=eightbit, on_a_sheet=on_a_sheet)
     assert made == in_full(renderer, event, audience, composer=composer, eightbit=eightbit)
     assert lines == []
 
@@ -451,9 +469,74 @@ def test_whether_a_mail_is_ascii_is_told_right():
             audience.add(name)
             audience.add("Ada", email="zoë@bücher.example", accounts=(("acme", name),))
         press = a_press()
-        for due in audience.dues:
-            made = press.envelope(event, due, audience.people, begun=BEGUN, eightbit=True)
+        for make in envelopes(press, event, audience, eightbit=True):
+            made = make()
             assert made.eightbit == (not made.body.isascii())
+
+
+# ---------------------------------------------------------------- sheets
+
+
+def a_sheet(press: Press, event: EventRow, audience: Audience) -> Sheet:
+    return Sheet(press, event, audience.dues, audience.people, begun=BEGUN, eightbit=True)
+
+
+def test_plain_mails_of_a_kind_with_a_rendition_are_made_together():
+    event, audience, press = an_event(effective_at=None), Audience().plain(20), a_press()
+    assert len(a_sheet(press, event, audience)) == 0  # there is no rendition yet
+    by_press(press, event, audience, eightbit=True)
+    assert len(a_sheet(press, event, audience)) == 20
+    audience.plain(10, shape=COPY)
+    assert len(a_sheet(press, event, audience)) == 20
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"name": ""},
+        {"name": " Ada"},
+        {"name": "Zoë"},
+        {"name": "Ada, Countess"},
+        {"name": "Ada " * 30 + "A"},
+        {"email": "zoë@acme.example"},
+        {"email": "ada@bücher.example"},
+        {"accounts": (("Acme", "Acme"),)},
+        {"accounts": (("acme.eu", "Acme"),)},
+        {"accounts": (("acme", "Acme & Co"),)},
+        {"accounts": (("acme", "A " * 80 + "A"),)},
+        {"accounts": (("acme", "Acme"), ("globex", "Globex"))},
+        {"tried_at": BEGUN - 5_000_000_000},
+    ],
+)
+def test_a_mail_that_needs_care_is_made_alone(given):
+    event, audience, press = an_event(effective_at=None), Audience().plain(3), a_press()
+    audience.add(**given)
+    audience.add(**given)
+    audience.plain(3)
+    by_press(press, event, audience, eightbit=True)
+    assert len(a_sheet(press, event, audience)) == 6
+    assert by_press(press, event, audience, eightbit=True, on_a_sheet=8) == in_full(
+        SHIPPED, event, audience, eightbit=True
+    )
+
+
+def test_a_contact_that_is_gone_spoils_no_other_mail_of_its_sheet():
+    event, audience, press = an_event(effective_at=None), Audience().plain(6), a_press()
+    by_press(press, event, audience, eightbit=True)
+    del audience.people.contacts[2]
+    sheet = a_sheet(press, event, audience)
+    assert len(sheet) == 5
+    with pytest.raises(KeyError):
+        sheet.envelope(audience.dues[1])
+    assert sheet.envelope(audience.dues[2]).recipient == "ada@acme.example"
+
+
+def test_mails_of_an_event_with_attachments_and_of_one_account_are_made_alone():
+    mine = {"name": "a.csv", "media_type": "text/csv", "content_base64": "YSxiCg=="}
+    for event in (an_event("statement.issued", attachments=[mine]), replace(an_event(), scope="one")):
+        audience, press = Audience().plain(6), a_press()
+        by_press(press, event, audience, eightbit=True)
+        assert len(a_sheet(press, event, audience)) == 0
 
 
 # ---------------------------------------------------------------- kinds of mails
@@ -532,7 +615,7 @@ def test_an_envelope_says_what_the_relay_must_know():
     audience = Audience().plain(4)
     audience.add("Zoë", email="zoë@bücher.example")
     press, event = a_press(), an_event()
-    made = [press.envelope(event, due, audience.people, begun=BEGUN, eightbit=True) for due in audience.dues]
+    made = [make() for make in envelopes(press, event, audience, eightbit=True)]
     assert [(one.smtputf8, one.eightbit) for one in made] == [(False, False)] * 4 + [(True, True)]
     assert made[3].recipient == "ada@acme.example"
     assert made[4].recipient == "zoë@xn--bcher-kva.example"

@@ -43,6 +43,7 @@ from worker.schedule import SOON_SECONDS, Over, in_time, retry_at
 from worker.schema import events, pauses
 from worker.settings import Settings, domain_of
 from worker.settler import Settler
+from worker.sheets import SHEET, Sheet
 from worker.transaction import NEEDS_8BITMIME, WITHDRAWN
 from worker.writer import Writer
 
@@ -590,35 +591,29 @@ class _Mails:
         """Each mail that is to go; the others are settled on the way."""
         work, flight, event, sender = self.work, self.flight, self.work.event, self.sender
         destinations = sender.settler.destinations
-        for due in flight.dues:
+        limited = work.withdrawn or flight.put_off or event.expires_at is not None
+        for position, due in enumerate(flight.dues):
+            if not position % SHEET:
+                sheet = self._sheet(flight.dues[position : position + SHEET])
             if not sender.holds():  # others may send what is left: to be frozen must not make second copies of it
                 self.stopped = True
                 return
-            if sender.paused_since(event.class_, flight.begun):
-                self._not_now(due, "paused")
+            perhaps_not = limited or not destinations.calm or sender.paused_since(event.class_, flight.begun)
+            if perhaps_not and self._stays(due):
                 continue
-            if due.n in work.withdrawn:
-                self._not_now(due, work.withdrawn[due.n])
-                continue
-            if event.expires_at is not None and sender.clock() >= event.expires_at:
-                self._settle(due, Status.EXPIRED, "expired")
-                continue
-            if due.n in flight.put_off:
-                self._put_off(due, *flight.put_off[due.n])
-                continue
-            if not destinations.calm:
-                waits = destinations.waits(_domain(due, work.people), now=sender.clock())
-                if waits is not None:
-                    self._put_off(due, "domain_waits", waits)
-                    continue
             try:
-                envelope = self._envelope(due)
+                envelope = sheet.envelope(due)
             except Exception as error:  # noqa: BLE001 - whatever is wrong with it is wrong with this mail alone (R20)
                 logger.error("mail.unrenderable", event_id=event.ulid, n=due.n, why=str(error))
                 self._settle(due, Status.HELD, "cannot_be_rendered", reply=str(error))
                 continue
+            if work.hold:
+                envelope.before_dot = partial(self._mark, due)
+            if sender.press.news:
+                for one in sender.press.told():
+                    sender.settler.besides(partial(_keep_rendition, made=one))
             self._flown.append(due)
-            self.sender.settler.in_air += 1
+            sender.settler.in_air += 1
             yield envelope
 
     def done(self, number: int, outcome: Outcome) -> None:
@@ -757,15 +752,31 @@ class _Mails:
         else:
             self._settle(due, Status.CANCELLED, reason)
 
-    def _envelope(self, due: Due) -> Envelope:
-        sender, work, flight = self.sender, self.work, self.flight
+    def _stays(self, due: Due) -> bool:
+        """Settle a mail that is not to go, or not now; False where nothing keeps it."""
+        work, flight, event, sender = self.work, self.flight, self.work.event, self.sender
+        if sender.paused_since(event.class_, flight.begun):
+            self._not_now(due, "paused")
+        elif due.n in work.withdrawn:
+            self._not_now(due, work.withdrawn[due.n])
+        elif event.expires_at is not None and sender.clock() >= event.expires_at:
+            self._settle(due, Status.EXPIRED, "expired")
+        elif due.n in flight.put_off:
+            self._put_off(due, *flight.put_off[due.n])
+        else:
+            destinations = sender.settler.destinations
+            if destinations.calm:
+                return False
+            waits = destinations.waits(_domain(due, work.people), now=sender.clock())
+            if waits is None:
+                return False
+            self._put_off(due, "domain_waits", waits)
+        return True
+
+    def _sheet(self, dues: Sequence[Due]) -> Sheet:
+        work, flight = self.work, self.flight
         eightbit = "8bitmime" in flight.relay.offers
-        envelope = sender.press.envelope(work.event, due, work.people, begun=flight.begun, eightbit=eightbit)
-        if work.hold:
-            envelope.before_dot = partial(self._mark, due)
-        for one in sender.press.told():
-            sender.settler.besides(partial(_keep_rendition, made=one))
-        return envelope
+        return Sheet(self.sender.press, work.event, dues, work.people, begun=flight.begun, eightbit=eightbit)
 
     async def _mark(self, due: Due) -> bool:
         """The hold class: commit that this mail may leave, before its last bytes; False where it may not, or not now.

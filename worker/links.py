@@ -18,7 +18,7 @@ import hashlib
 import hmac
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -71,6 +71,12 @@ Named = tuple[bytes, bytes]
 def named_delivery(event_id: int, ulid: str, n: int, mailbox_key: bytes) -> Named:
     """A delivery, for the tokens of its mail."""
     return varint(event_id) + varint(n), delivery_identity(ulid, mailbox_key)
+
+
+def named_deliveries(event_id: int, ulid: str, deliveries: Iterable[tuple[int, bytes]]) -> list[Named]:
+    """The same of deliveries of one event, each its number and its mailbox's address key."""
+    event, identity = varint(event_id), delivery_identity(ulid, b"")
+    return [(event + varint(n), identity + mailbox_key) for n, mailbox_key in deliveries]
 
 
 def named_contact(number: int, account: str, contact: str) -> Named:
@@ -126,11 +132,15 @@ class Links:
         return self.token_of(purpose.encode(), (b"".join(map(varint, numbers)), identity)).decode()
 
     def token_of(self, purpose: bytes, named: Named) -> bytes:
-        """The same token of what is written already, as octets: two are made a mail."""
-        numbers, identity = named
-        body = purpose + numbers
-        mac = self._sign(body + identity)
-        return binascii.b2a_base64(body + mac, newline=False).translate(_URL_SAFE, b"=")
+        """The same token of what is written already, as octets."""
+        return self.tokens_of(purpose, (named,))[0]
+
+    def tokens_of(self, purpose: bytes, named: Iterable[Named]) -> list[bytes]:
+        """A token for each of these: two are made a mail."""
+        sign = self._sign
+        bodies = [(purpose + numbers, identity) for numbers, identity in named]
+        raw = [body + sign(body + identity) for body, identity in bodies]
+        return [binascii.b2a_base64(one, newline=False).translate(_URL_SAFE, b"=") for one in raw]
 
     def read(self, purpose: Purpose, token: str, identity_of: Callable[..., bytes | None]) -> tuple[int, ...]:
         """The numbers of a token that was made for what they stand for now. Raises `BadToken`.
@@ -212,8 +222,13 @@ def bounce_sender(address_key: bytes, delivery: Named, *, domain: str) -> str:
     The token has at most 40 characters up to event 2**35 - 1, and 48 at most: the local part may have 64 (RFC 5321,
     4.5.3.1.1).
     """
-    numbers, identity = delivery
-    return f"b+{(numbers + _sender_signer(address_key)(numbers + identity)).hex()}@{domain}"
+    return bounce_senders(address_key, (delivery,), domain=domain)[0]
+
+
+def bounce_senders(address_key: bytes, deliveries: Iterable[Named], *, domain: str) -> list[str]:
+    """The same of several deliveries."""
+    sign = _sender_signer(address_key)
+    return [f"b+{(numbers + sign(numbers + identity)).hex()}@{domain}" for numbers, identity in deliveries]
 
 
 def read_bounce(

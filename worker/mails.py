@@ -329,6 +329,23 @@ class Composer:
             values += (word, title, preference)
         return values
 
+    def columns(
+        self, named: Sequence[Named], mails: Sequence[tuple[Due, Contact, str, str]], *, listed: bool
+    ) -> list[Sequence[bytes]]:
+        """What `personal` says of mails of one ground whose values mails show as they are, a column for each place.
+
+        A mail is given with its contact, its account's id and its account's name; `named` are the same deliveries.
+        """
+        links, blank = self.links, [b""] * len(mails)
+        tokens, words, preferences = blank, [account.encode() for _, _, account, _ in mails], blank
+        if links is not None:
+            contacts = [named_contact(due.grounds[0].contact, account, one.id) for due, one, account, _ in mails]
+            preferences = links.tokens_of(b"p", contacts)
+            tokens = links.tokens_of(b"u", named) if listed else blank
+        names, titles = [one.name.encode() for _, one, _, _ in mails], [title.encode() for _, _, _, title in mails]
+        labels = words if listed and links is not None else blank
+        return [names, blank, tokens, [b"%d" % due.n for due, _, _, _ in mails], labels, words, titles, preferences]
+
     def _ground(self, event: EventRow, ground: GroundRow, people: People, category_title: str) -> Ground:
         ext, name, key = people.accounts[ground.account]
         catalogue = self.catalogues[key]

@@ -138,6 +138,16 @@ def mailbox_header(name: str, display: str, address: str) -> str:
     return written_mailbox(name, display, wire_address(address))
 
 
+def is_plain_mailbox(name: str, display: str, address: str) -> bool:
+    """Whether a header says somebody's name and address just as they are, `Name <address>` on its one line."""
+    return is_plain_name(display) and len(name) + len(display) + len(address) + 5 <= LINE and is_plain_address(address)
+
+
+def is_plain_name(display: str) -> bool:
+    """Whether it is words of letters and digits, and of signs that nothing has to escape."""
+    return _PLAIN_NAME.fullmatch(display) is not None
+
+
 def written_mailbox(name: str, display: str, written: str) -> str:
     """The same, of an address as `wire_address` writes it."""
     if len(name) + len(display) + len(written) + 5 <= LINE and _PLAIN_NAME.fullmatch(display):
@@ -146,14 +156,15 @@ def written_mailbox(name: str, display: str, written: str) -> str:
     return _folded(name, [*_phrase(display, LINE - len(name) - 2), f"<{written}>" if display else written])
 
 
-def _is_plain_address(address: str) -> bool:
+def is_plain_address(address: str) -> bool:
+    """Whether it is one of the usual characters alone, which stands anywhere as it is."""
     is_plain = address.isascii() and address.encode().translate(None, _PLAIN_IN_ADDRESS) == b"@"
     return is_plain and address[0] != "@" != address[-1]
 
 
 def wire_address(address: str) -> str:
     """The address as it stands in headers and SMTP commands: the domain as A-labels. Raises MimeError."""
-    if _is_plain_address(address):
+    if is_plain_address(address):
         return address  # what is below says the same of nearly every address; a pattern would take three times as long
     local, at, domain = address.strip().rpartition("@")
     if not domain.isascii():
@@ -408,7 +419,7 @@ def says_plainly(email: Email, raw: bytes, *, eightbit: bool = False) -> bool:
     opening = _BOUNDARY.search(head)
     if email.attachments or opening is None or not head.isascii() or b"=?" in head:
         return False
-    if not (_PLAIN_NAME.fullmatch(email.to_name) and _is_plain_address(email.to_address)):
+    if not (is_plain_name(email.to_name) and is_plain_address(email.to_address)):
         return False
     meant = [f"{name}: {value}" for name, value in email.headers]
     after_from = next((at for at, (name, _) in enumerate(email.headers, 1) if name == "From"), 0)

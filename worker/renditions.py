@@ -20,10 +20,11 @@ from __future__ import annotations
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import repeat
 from operator import itemgetter
 from typing import Any, Final, TypeVar
 
@@ -38,6 +39,7 @@ from worker.rendering import (
     IN_A_GROUND,
     LABEL,
     NAME,
+    NAME_LENGTH,
     NOT_IN_HEADERS,
     NUMBER,
     OUTPUT_BUDGET,
@@ -64,13 +66,13 @@ logger = logs.get(__name__)
 
 MOST_KINDS: Final = 256
 #: Kinds of mails that are remembered; a broadcast has about 20, one with 10,000 is rendered in full.
-KEPT_BY: Final = 64
-#: Mails of a kind after which it counts as the last used again.
 MOST_OCTETS: Final = 64 * 1024 * 1024
 #: Of all renditions together, with their attachments.
 MOST_PROVEN: Final = 10_000
 LONGEST_VALUE: Final = 250
 #: Characters of a personal value; names have at most 100, subjects 200.
+MOST_TEMPLATES: Final = 8
+#: That a rendition keeps: for each length of an account's id, and for texts that are ASCII and others.
 MOST_TRIES: Final = 5
 #: Mails of a kind whose own values keep a rendition from being made; after that it has none.
 CHECKED: Final = (10, 100, 1_000)
@@ -88,7 +90,7 @@ class Told:
 
 
 @dataclass(slots=True)
-class _Kind:
+class Kind:
     """The mails of an event that differ in personal values alone."""
 
     shapes: tuple[Shape, ...]  # kept, for their ids stand in the key
@@ -122,14 +124,14 @@ class Press:
     """Writes the mails of a process. `address_key` signs their envelope senders."""
 
     def __init__(self, composer: Composer, renderer: Renderer, address_key: bytes) -> None:
-        self._composer = composer
+        self.composer = composer
+        self.address_key = address_key
         self._renderer = renderer
-        self._address_key = address_key
-        self._kinds: OrderedDict[tuple[Any, ...], _Kind] = OrderedDict()
+        self._kinds: OrderedDict[tuple[Any, ...], Kind] = OrderedDict()
         self._octets = 0  # of the renditions
         self._proven: set[tuple[int, str, str]] = set()
         self._read_back: set[tuple[str, ...]] = set()  # (type, version, variant, locale) that the library could read
-        self._told: list[Told] = []
+        self.news: list[Told] = []  # what `told` will say
         self._nonce = secrets.token_hex(4)
         self.by_rendition = 0  # mails that were made so
         self.in_full = 0
@@ -142,7 +144,7 @@ class Press:
         contact = people.contacts[due.grounds[0].contact]
         delivery = named_delivery(event.id, event.ulid, due.n, due.mailbox_key)
         recipient, written = mime.wire_address(contact.email), None
-        if event.scope != "one" and event.category != "approval_request":
+        if self.shares(event):
             written = self._filled(
                 event, due, people, contact, recipient=recipient, delivery=delivery, begun=begun, eightbit=eightbit
             )
@@ -151,20 +153,25 @@ class Press:
         else:
             body = self._full(event, due, people, begun=begun, eightbit=eightbit).body
             is_ascii = body.isascii()
-        sender = bounce_sender(self._address_key, delivery, domain=event.bounce_domain)
+        sender = bounce_sender(self.address_key, delivery, domain=event.bounce_domain)
         # By place, for names cost here: smtputf8, eightbit, clean.
         return Envelope(sender, recipient, body, not recipient.isascii(), eightbit and not is_ascii, True)
 
+    @staticmethod
+    def shares(event: EventRow) -> bool:
+        """Whether the mails of an event may have renditions: those to one account are too few, or say too much."""
+        return event.scope != "one" and event.category != "approval_request"
+
     def told(self) -> list[Told]:
         """The variants and locales of events that were rendered since this was last asked."""
-        told, self._told = self._told, []
+        told, self.news = self.news, []
         return told
 
     # ------------------------------------------------------------ in full
 
     def _full(self, event: EventRow, due: Due, people: People, *, begun: int, eightbit: bool) -> _Whole:
         """The mail rendered for its recipient alone; the first of each variant and locale is read back."""
-        mail = self._composer.mail_of(event, due, people, now=begun)
+        mail = self.composer.mail_of(event, due, people, now=begun)
         email = self._renderer.render(mail)
         body = mime.assemble(email, eightbit=eightbit)
         self.in_full += 1
@@ -175,7 +182,7 @@ class Press:
             if len(self._proven) >= MOST_PROVEN:
                 self._proven.clear()
             self._proven.add(variant)
-            self._told.append(Told(*variant, version))
+            self.news.append(Told(*variant, version))
         return _Whole(mail, email, body)
 
     def _prove(self, templates: tuple[str, ...], email: Email, body: bytes, *, eightbit: bool) -> None:
@@ -202,12 +209,12 @@ class Press:
         eightbit: bool,
     ) -> tuple[bytes, bool] | None:
         """The mail by the rendition or outline of its kind, and whether it is ASCII; None where it must be in full."""
-        kind = self._kind_of(event, due, people, contact, eightbit=eightbit)
+        kind = self.kind_of(event, due, people, contact, eightbit=eightbit)
         kind.mails += 1
         if contact.locale not in kind.locales or (kind.refused and kind.outline is None):
             kind.locales.add(contact.locale)
             return None
-        values = self._composer.personal(due, delivery, people, listed=kind.listed)
+        values = self.composer.personal(due, delivery, people, listed=kind.listed)
         if bool(values[NAME]) != bool(contact.name):
             return None  # a name of blanks alone: the kind's others have one
         seconds = _seconds(due, begun)
@@ -221,16 +228,15 @@ class Press:
         if written is None:
             return None
         if kind.mails >= kind.checked_at:
-            whole = self._full(event, due, people, begun=begun, eightbit=eightbit)
-            self._check(event, due, kind, written[0], whole)
-            return whole.body, whole.body.isascii()
+            body = self.checked(event, due, people, kind, written[0], begun=begun, eightbit=eightbit)
+            return body, body.isascii()
         if kind.rendition is not None:
             self.by_rendition += 1
         else:
             self.in_full += 1
         return written
 
-    def _kind_of(self, event: EventRow, due: Due, people: People, contact: Contact, *, eightbit: bool) -> _Kind:
+    def kind_of(self, event: EventRow, due: Due, people: People, contact: Contact, *, eightbit: bool) -> Kind:
         """The kind of a mail: all that its words depend on but the personal values."""
         grounds, accounts = due.grounds, people.accounts
         first = grounds[0]
@@ -240,7 +246,7 @@ class Press:
         if len(grounds) > 1:
             key += tuple((id(one.shape), accounts[one.account][2]) for one in grounds[1:])
         if event.data.get("attachments"):
-            key += (self._composer.attachments_seen(event, due, people),)
+            key += (self.composer.attachments_seen(event, due, people),)
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._remember(key, self._new_kind(event, due, people))
@@ -249,17 +255,15 @@ class Press:
             kind = self._kinds.get(key)
             if kind is None:
                 return self._remember(key, self._new_kind(event, due, people, placed=True))
-            if not kind.mails % KEPT_BY:
-                self._kinds.move_to_end(of_all)
-        if not kind.mails % KEPT_BY:
-            self._kinds.move_to_end(key)
+            self._kinds.move_to_end(of_all)
+        self._kinds.move_to_end(key)
         return kind
 
-    def _new_kind(self, event: EventRow, due: Due, people: People, *, placed: bool = False) -> _Kind:
-        listed = self._composer.links is not None and self._composer.can_opt_out(event, due, people)
-        return _Kind(tuple(ground.shape for ground in due.grounds), listed, placed=placed)
+    def _new_kind(self, event: EventRow, due: Due, people: People, *, placed: bool = False) -> Kind:
+        listed = self.composer.links is not None and self.composer.can_opt_out(event, due, people)
+        return Kind(tuple(ground.shape for ground in due.grounds), listed, placed=placed)
 
-    def _remember(self, key: tuple[Any, ...], kind: _Kind) -> _Kind:
+    def _remember(self, key: tuple[Any, ...], kind: Kind) -> Kind:
         self._kinds[key] = kind
         while len(self._kinds) > MOST_KINDS or (self._octets > MOST_OCTETS and len(self._kinds) > 1):
             _, forgotten = self._kinds.popitem(last=False)
@@ -267,7 +271,7 @@ class Press:
         return kind
 
     def _first(
-        self, event: EventRow, due: Due, people: People, kind: _Kind, values: list[bytes], *, begun: int, eightbit: bool
+        self, event: EventRow, due: Due, people: People, kind: Kind, values: list[bytes], *, begun: int, eightbit: bool
     ) -> bytes:
         """A mail in full, from which its kind gets a rendition where the templates allow one."""
         whole = self._full(event, due, people, begun=begun, eightbit=eightbit)
@@ -284,7 +288,7 @@ class Press:
             mime.prove(whole.email, whole.body, eightbit=eightbit)
         return whole.body
 
-    def _made(self, whole: _Whole, kind: _Kind, values: Sequence[bytes]) -> Rendition | None:
+    def _made(self, whole: _Whole, kind: Kind, values: Sequence[bytes]) -> Rendition | None:
         """A new rendition for a kind; None where the templates allow none."""
         kind.tries += 1
         kind.refused = kind.tries >= MOST_TRIES
@@ -301,7 +305,7 @@ class Press:
             kind.refused = True
         return None
 
-    def _outline(self, whole: _Whole, kind: _Kind, values: Sequence[str]) -> None:
+    def _outline(self, whole: _Whole, kind: Kind, values: Sequence[str]) -> None:
         """Give a kind whose templates compute an outline."""
         kind.refused = True
         try:
@@ -314,7 +318,15 @@ class Press:
             kind.outline = _Outlined(outline, whole.email, self._nonce)
             self._octets += kind.outline.octets
 
-    def _check(self, event: EventRow, due: Due, kind: _Kind, body: bytes, whole: _Whole) -> None:
+    def checked(
+        self, event: EventRow, due: Due, people: People, kind: Kind, body: bytes, *, begun: int, eightbit: bool
+    ) -> bytes:
+        """A mail of a kind in full, after it was compared with what was made without."""
+        whole = self._full(event, due, people, begun=begun, eightbit=eightbit)
+        self._check(event, due, kind, body, whole)
+        return whole.body
+
+    def _check(self, event: EventRow, due: Due, kind: Kind, body: bytes, whole: _Whole) -> None:
         """Compare a mail with itself in full; where they differ the kind has no rendition any more."""
         last = CHECKED[-1]
         further = (kind.mails // last + 1) * last
@@ -336,14 +348,15 @@ def _seconds(due: Due, begun: int) -> int:
 
 _SPECIAL: Final = b"&<>\"'="  # what is escaped, and what begins a boundary
 LONGEST_WORD: Final = 80  # octets of a plain word: an account's id, or a token
+_HEADERS: Final = 1_500  # octets that a mail's headers take, about
 TITLE: Final = FIRST_GROUND + 1  # of the first account, as mails show it
 _AT_ONCE: Final = frozenset({NAME, UNSUBSCRIBE, FIRST_GROUND, TITLE, FIRST_GROUND + 2})  # places of one ground in texts
 # What is filled into templates: the values of a mail of one ground, two of them escaped, and lines that it has alone.
-_NAME_ESCAPED, _TITLE_ESCAPED, _TO, _DATE, _HEAD, _AFTER, _SUBJECT = range(
-    FIRST_GROUND + IN_A_GROUND, FIRST_GROUND + IN_A_GROUND + 7
+_NAME_ESCAPED, _TITLE_ESCAPED, _TO, _DATE, _AFTER, _SUBJECT = range(
+    FIRST_GROUND + IN_A_GROUND, FIRST_GROUND + IN_A_GROUND + 6
 )
 _ESCAPED: Final = {NAME: _NAME_ESCAPED, TITLE: _TITLE_ESCAPED}
-_Template = tuple[bytes, Callable[[Sequence[bytes]], tuple[bytes, ...]]]
+_Template = tuple[bytes, Callable[[Sequence[Any]], tuple[Any, ...]]]
 """Octets with a `%b` wherever something is filled in, and what takes that out of the above in its order."""
 
 
@@ -371,12 +384,13 @@ class Rendition:
         self._head = _Head(traced.headers, fixed, nonce, grounds=grounds)
         if fixed is not None and traced.subject != email.subject:
             raise Computed("the subject is another without marks")
-        self._templates: dict[tuple[bool, bool], _Template] = {}
+        self._templates: dict[tuple[int, tuple[bool, bool]], _Template] = {}
         self._room = min(self._plain.room, self._html.room)
         simple = grounds == 1 and fixed is not None and {place for place, _, _ in self._forms} <= _AT_ONCE
         self._at_once = simple and not self._doubtful and self._room >= LONGEST_WORD
         self._is_ascii = self._plain.shared_is_ascii, self._html.shared_is_ascii
-        self.octets = 7 * (self._plain.size + self._html.size) + len(self._frame.after)  # with a template of each sort
+        texts = self._plain.size + self._html.size
+        self.octets = 3 * texts + MOST_TEMPLATES * (texts + _HEADERS) + len(self._frame.after)
 
     def write(self, values: list[bytes], recipient: str, seconds: int, *, eightbit: bool) -> tuple[bytes, bool] | None:
         """The mail with these values (as `Composer.personal` gives them), and whether all of it is ASCII.
@@ -384,7 +398,7 @@ class Rendition:
         None where it must be rendered in full. `recipient` is as `mime.wire_address` writes it. Raises MimeError.
         Nearly all mails are filled into one template of all their octets; those whose values need more care are not.
         """
-        head = self._head.template(values) if self._at_once else None
+        head = self._head.pieces(values) if self._at_once else None
         if head is None:
             return self._written_by_pieces(values, recipient, seconds, eightbit=eightbit)
         name, title = values[NAME], values[TITLE]  # people chose these, each one trimmed line; the rest is plain words
@@ -396,21 +410,47 @@ class Rendition:
         is_ascii = self._is_ascii if chosen.isascii() else (self._plain.is_ascii(values), self._html.is_ascii(values))
         if len(name) + len(title) > self._room or not (eightbit or all(is_ascii)):
             return self._written_by_pieces(values, recipient, seconds, eightbit=eightbit)
-        template, order = self._templates.get(is_ascii) or self._template(is_ascii)
+        template, order = self._template(head, len(values[FIRST_GROUND]), is_ascii)
         to = mime.written_mailbox("To", values[NAME].decode(), recipient).encode()
-        octets = (*values, name, title, to, _date_line(seconds))
-        head_template, head_order = head
-        block = head_template % head_order(octets)
-        return template % order((*octets, block, self._frame.after)), all(is_ascii) and block.isascii()
+        octets = (*values, name, title, to, _date_line(seconds), self._frame.after)
+        return template % order(octets), all(is_ascii) and to.isascii()
 
-    def _template(self, is_ascii: tuple[bool, bool]) -> _Template:
-        """The template for mails whose plain and whose HTML text are ASCII or not; it is kept."""
-        frame = self._frame
-        plain = self._plain.pieces(is_ascii=is_ascii[0])
-        html = self._html.pieces(is_ascii=is_ascii[1])
-        made = _template([_HEAD, frame.before, *plain, frame.between, *html, _AFTER])
-        self._templates[is_ascii] = made
-        return made
+    def _template(self, head: Sequence[bytes | int], length: int, is_ascii: tuple[bool, bool]) -> _Template:
+        """The template for mails with this head, whose plain and whose HTML text are ASCII or not; it is kept."""
+        key = length, is_ascii
+        found = self._templates.get(key)
+        if found is None:
+            frame = self._frame
+            plain = self._plain.pieces(is_ascii=is_ascii[0])
+            html = self._html.pieces(is_ascii=is_ascii[1])
+            if len(self._templates) >= MOST_TEMPLATES:
+                self._templates.clear()
+            found = _template([*head, frame.before, *plain, frame.between, *html, _AFTER])
+            self._templates[key] = found
+        return found
+
+    def form(self, length: int, *, eightbit: bool) -> tuple[_Template, bool] | None:
+        """The template for mails whose values are plain, with an account's id of a length, and whether they are ASCII.
+
+        Plain values are ASCII, have at most 100 characters each, and nothing in them is escaped. None where such mails
+        can't be filled into one template.
+        """
+        head = self._head.pieces_for(length) if self._at_once and self._room >= 2 * NAME_LENGTH else None
+        if head is None or not (eightbit or all(self._is_ascii)):
+            return None
+        return self._template(head, length, self._is_ascii), all(self._is_ascii)
+
+    def lines(
+        self, columns: Sequence[Sequence[bytes]], recipients: Iterable[str], *, begun: int
+    ) -> list[Iterable[bytes]]:
+        """What is filled into `form` behind these columns of plain values (`Composer.columns`), as further columns.
+
+        `begun` is the date of the mails, microseconds.
+        """
+        names, titles = columns[NAME], columns[TITLE]
+        to = [b"To: %b <%b>\r\n" % (name, address.encode()) for name, address in zip(names, recipients, strict=True)]
+        date = _date_line(begun // 1_000_000)
+        return [names, titles, to, repeat(date), repeat(self._frame.after)]
 
     def _written_by_pieces(
         self, octets: Sequence[bytes], recipient: str, seconds: int, *, eightbit: bool
@@ -636,17 +676,20 @@ class _Head:
         self._headers = [(name, *split(value, nonce)) for name, value in headers]
         self._subject = subject
         self._one_ground = grounds == 1
-        self._templates: dict[int, _Template | None] = {}
+        self._pieces: dict[int, list[bytes | int] | None] = {}
 
-    def template(self, values: Sequence[bytes]) -> _Template | None:
+    def pieces(self, values: Sequence[bytes]) -> list[bytes | int] | None:
         """The header block but for the headers of MIME, for mails of one ground; None where it must be written."""
         account = values[FIRST_GROUND]
         if values[LABEL] not in (b"", account) or not _PLAIN_WORD.fullmatch(account):
             return None
-        length = len(account)
-        if length not in self._templates:
-            self._templates[length] = self._template(length)
-        return self._templates[length]
+        return self.pieces_for(len(account))
+
+    def pieces_for(self, length: int) -> list[bytes | int] | None:
+        """The same for an account's id that is a plain word of this length, and is what the List-ID says."""
+        if length not in self._pieces:
+            self._pieces[length] = self._made_for(length)
+        return self._pieces[length]
 
     def write(self, values: Sequence[str], recipient: str, seconds: int) -> bytes:
         """The whole header block but for those of MIME. Raises MimeError."""
@@ -654,11 +697,11 @@ class _Head:
         to = mime.written_mailbox("To", values[NAME], recipient).encode()
         subject = self._subject if self._subject is not None else mime.header("Subject", values[SUBJECT]).encode()
         octets = [value.encode() for value in values]
-        found = self.template(octets) if self._one_ground else None
+        found = self.pieces(octets) if self._one_ground else None
         if found is None:
             return self._written(values, date, to, subject)
-        template, order = found
-        return template % order((*octets, b"", b"", to, date, b"", b"", subject))
+        filled_in = (*octets, b"", b"", to, date, b"", subject)
+        return b"".join([filled_in[piece] if isinstance(piece, int) else piece for piece in found])
 
     def _written(self, values: Sequence[str], date: bytes, to: bytes, subject: bytes) -> bytes:
         lines = []
@@ -672,8 +715,8 @@ class _Head:
                 lines += [to, subject]
         return b"".join(lines)
 
-    def _template(self, length: int) -> _Template | None:
-        """The headers for an account's id of a length; None where that is not certain."""
+    def _made_for(self, length: int) -> list[bytes | int] | None:
+        """None where that is not certain."""
         account = "Q" * length
         words = _STAND_INS | {FIRST_GROUND: account, LABEL: account}
         pieces: list[bytes | int] = []
@@ -693,7 +736,7 @@ class _Head:
                 pieces += [FIRST_GROUND if place == LABEL else place, literal.encode()]
             if name == "From":
                 pieces += [_TO, _SUBJECT if self._subject is None else self._subject]
-        return _template(pieces)
+        return pieces if all(isinstance(piece, int) or piece.isascii() for piece in pieces) else None
 
 
 @lru_cache(maxsize=64)

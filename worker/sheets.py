@@ -1,0 +1,119 @@
+"""Mails of one flight that are written together: what is personal in them is made column by column.
+
+A *sheet* is some mails of a flight. Those whose kind has a rendition, and whose values are plain (names, addresses and
+ids of letters and digits: nothing to escape, to encode or to fold), get their values all at once; to write one of them
+is then to fill in one template. The others are written one by one by the press.
+
+Promises: equal bytes, whether by a sheet or by the press alone. Mails by a sheet are counted, and compared with
+themselves in full, as those are that the press makes by a rendition.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import Final, NamedTuple
+
+from worker import mime
+from worker.fanout import EventRow
+from worker.links import bounce_senders, named_deliveries
+from worker.mails import Contact, Due, People
+from worker.rendering import NAME_LENGTH, PLAIN_LABEL
+from worker.renditions import Kind, Press, Rendition
+from worker.transaction import Envelope
+
+SHEET: Final = 64
+#: Mails of a sheet: their values are made before the first of them is written, and nobody waits long for that.
+
+
+class _Form(NamedTuple):
+    """What the plain mails of one kind in a sheet are written with."""
+
+    kind: Kind
+    rendition: Rendition
+    template: bytes
+    eightbit: bool
+
+
+class Sheet:
+    """Some mails of one flight; `envelope` writes each of them once, in any order."""
+
+    def __init__(
+        self, press: Press, event: EventRow, dues: Sequence[Due], people: People, *, begun: int, eightbit: bool
+    ) -> None:
+        self._press = press
+        self._event = event
+        self._people = people
+        self._begun = begun
+        self._eightbit = eightbit
+        self._made: dict[int, tuple[tuple[bytes, ...], str, str, _Form]] = {}  # n -> values, sender, recipient, form
+        if press.shares(event) and not event.data.get("attachments"):
+            for alike in self._alike(dues):
+                self._make(alike)
+
+    def __len__(self) -> int:
+        """How many of them have their values, and are not written yet."""
+        return len(self._made)
+
+    def envelope(self, due: Due) -> Envelope:
+        """One mail, with what `Press.envelope` promises and raises."""
+        press, event, people = self._press, self._event, self._people
+        values, sender, recipient, form = self._made.pop(due.n, _NOTHING)
+        if form is None or form.kind.rendition is not form.rendition:  # the latter showed that it differs
+            return press.envelope(event, due, people, begun=self._begun, eightbit=self._eightbit)
+        body, kind = form.template % values, form.kind
+        kind.mails += 1
+        if kind.mails < kind.checked_at:
+            press.by_rendition += 1
+        else:
+            body = press.checked(event, due, people, kind, body, begun=self._begun, eightbit=self._eightbit)
+        return Envelope(sender, recipient, body, False, form.eightbit, True)  # by place, for names cost here
+
+    def _alike(self, dues: Iterable[Due]) -> Iterable[Sequence[tuple[Due, Contact, str, str]]]:
+        """The plain mails of one ground that may have one form, each with its contact, its account's id and name."""
+        contacts, accounts = self._people.contacts, self._people.accounts
+        found = defaultdict[tuple[object, ...], list[tuple[Due, Contact, str, str]]](list)
+        for due in dues:
+            account, number, shape = due.grounds[0]
+            contact = contacts.get(number)
+            if contact is None:
+                continue
+            ext, name, catalogue = accounts[account]
+            if len(due.grounds) == 1 and due.first_flight_at is None and _is_plain(contact, ext, name or ext):
+                key = id(shape), catalogue, contact.locale, contact.timezone, len(ext)
+                found[key].append((due, contact, ext, name or ext))
+        return found.values()
+
+    def _make(self, alike: Sequence[tuple[Due, Contact, str, str]]) -> None:
+        """Make the values of such mails, where their kind has a rendition."""
+        press, event, (due, contact, ext, _) = self._press, self._event, alike[0]
+        kind = press.kind_of(event, due, self._people, contact, eightbit=self._eightbit)
+        rendition = kind.rendition
+        if rendition is None or contact.locale not in kind.locales:
+            return
+        found = rendition.form(len(ext), eightbit=self._eightbit)
+        if found is None:
+            return
+        (template, order), is_ascii = found
+        named = named_deliveries(event.id, event.ulid, [(due.n, due.mailbox_key) for due, _, _, _ in alike])
+        columns = press.composer.columns(named, alike, listed=kind.listed)
+        recipients = [contact.email for _, contact, _, _ in alike]
+        rows = zip(*order([*columns, *rendition.lines(columns, recipients, begun=self._begun)]), strict=False)
+        senders = bounce_senders(press.address_key, named, domain=event.bounce_domain)
+        form = _Form(kind, rendition, template, self._eightbit and not is_ascii)
+        numbers = [due.n for due, _, _, _ in alike]
+        self._made.update(zip(numbers, zip(rows, senders, recipients, repeat(form)), strict=False))
+
+
+_NOTHING: Final = ((), "", "", None)
+
+
+def _is_plain(contact: Contact, account: str, title: str) -> bool:
+    """Whether a mail says somebody's name and address, and an account's id and name, just as they are."""
+    return (
+        mime.is_plain_mailbox("To", contact.name, contact.email)
+        and PLAIN_LABEL.fullmatch(account) is not None
+        and len(title) <= NAME_LENGTH
+        and mime.is_plain_name(title)
+    )
