@@ -3,7 +3,8 @@
 It promises two kinds of transaction and nothing else: `read()` sees one snapshot, `write()` is the only door for
 changes. In a process one writer works at a time (a lock stands before SQLite's own), so that writers queue in order
 instead of spinning on "database is locked"; processes look for SQLite's in turn. SQLite is written by one connection
-that is kept. Nothing is opened before `Database` is made.
+that is kept. Who leaves `write()` without an error knows that what was written survives the loss of power. Nothing is
+opened before `Database` is made.
 
 Times are whole microseconds since 1970, UTC, everywhere: `Clock` is what tests replace. On PostgreSQL, where several
 hosts work, the server's clock counts (`Database.clock`), so that a host whose clock is wrong does no harm.
@@ -56,6 +57,9 @@ CLOCK_SECONDS = 30
 RESERVE_BYTES = 64 * 1024 * 1024
 #: With less free space beside a SQLite file nothing new is taken on: what is under way must still be recorded.
 
+FLUSH: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
+#: Not every system has the former, which leaves out the file's times.
+
 READERS = 32
 #: Connections kept for readers of one process; more are opened under load and closed again.
 
@@ -80,10 +84,10 @@ class Database:
     """Engine and transactions of one database.
 
     `url` is `sqlite:///PATH` or `postgresql://...`. Raises `DatabaseUnusable` where the URL names no database that
-    Rolecast knows, or its folder does not exist.
+    Rolecast knows, or its folder does not exist. `flush` is for tests: what brings a file's octets to its disk.
     """
 
-    def __init__(self, url: str, *, stall_seconds: int = STALL_SECONDS) -> None:
+    def __init__(self, url: str, *, stall_seconds: int = STALL_SECONDS, flush: Callable[[int], None] = FLUSH) -> None:
         self.url = url
         self.dialect = _dialect(url)
         self.path = _sqlite_path(url) if self.dialect == "sqlite" else None
@@ -92,6 +96,8 @@ class Database:
         self.clock: Clock = system_clock if self.dialect == "sqlite" else _ServerClock()
         self._writer = threading.Lock()
         self._writes: Connection | None = None  # the one that SQLite is written by, kept open
+        self._has_log = False  # whether that connection leaves it to us to flush its commits
+        self._log = _Log(self.path, flush) if self.path is not None else None
 
     @contextmanager
     def read(self, *, patient: bool = False) -> Iterator[Connection]:
@@ -117,19 +123,29 @@ class Database:
                     self.clock.renew(connection)
                 yield connection
             return
-        with self._writer, self.translated():
-            connection = self._writes or self._write_by()
-            try:
-                with connection.begin():
-                    yield connection
-            except BaseException:
-                self._write_by_another()  # whatever state this one is in
-                raise
+        with self.translated():
+            with self._writer:
+                connection = self._writes or self._write_by()
+                try:
+                    with connection.begin():
+                        yield connection
+                except BaseException:
+                    self._write_by_another()  # whatever state this one is in
+                    raise
+            if self._has_log and self._log is not None:
+                self._log.flush()
 
     def _write_by(self) -> Connection:
-        """The connection that SQLite is written by: it never waits in SQLite, so that `_begin_to_write` can."""
+        """The connection that SQLite is written by.
+
+        It never waits in SQLite, so that `_begin_to_write` can, and leaves it to `_Log` to flush a commit.
+        """
         self._writes = self.engine.connect().execution_options(rolecast_writes=True)
-        _driver(self._writes).execute("PRAGMA busy_timeout=0")
+        raw = _driver(self._writes)
+        raw.execute("PRAGMA busy_timeout=0")
+        self._has_log = raw.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        if self._has_log:
+            raw.execute("PRAGMA synchronous=NORMAL")
         return self._writes
 
     def _write_by_another(self) -> None:
@@ -178,8 +194,9 @@ class Database:
         """Close every connection."""
         with self._writer:
             self._write_by_another()
-            if self._turn is not None:
-                self._turn.close()
+            for file in (self._turn, self._log):
+                if file is not None:
+                    file.close()
         self.engine.dispose()
 
 
@@ -304,6 +321,56 @@ def _begin_to_write(raw: sqlite3.Connection, turn: _Turn) -> bool:
     finally:
         if ours:
             turn.end()
+
+
+class _Log:
+    """SQLite's write-ahead log, flushed by us: SQLite's own flush would keep its lock from others meanwhile.
+
+    Others see a commit before it is flushed. Nobody is told of his own before, and what was committed earlier is
+    flushed with it, for that stands in the same file: so what somebody built on is never lost alone.
+    """
+
+    def __init__(self, database: Path, flush: Callable[[int], None]) -> None:
+        self._database = database
+        self._flush = flush
+        self._file: int | None = None
+        self._lock = threading.Lock()
+
+    def flush(self) -> None:
+        """What was committed survives the loss of power from here on. Raises `DatabaseUnusable`."""
+        try:
+            with self._lock:
+                if self._file is not None and not os.fstat(self._file).st_nlink:
+                    self._close()  # SQLite removes it with its last connection
+                if self._file is None:
+                    self._file = self._open()
+                self._flush(self._file)
+        except OSError as error:
+            message = (
+                f"the database {self._database} could not be flushed to its disk ({error}): look at the disk's health, "
+                "then run the command again"
+            )
+            raise DatabaseUnusable(message) from error
+
+    def _open(self) -> int:
+        """The log's file, of which the folder knows even after the loss of power."""
+        file = os.open(self._database.with_name(self._database.name + "-wal"), os.O_RDONLY)
+        folder = os.open(self._database.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        return file
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
 
 class _Turn:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
+import shutil
 import sqlite3
 import threading
 import time
@@ -142,10 +145,71 @@ def test_a_turn_that_does_not_come_is_waited_for_once(
     assert count(sqlite_database) == 4
 
 
-def test_a_commit_survives_the_loss_of_power(sqlite_database: Database) -> None:
+def test_a_commit_survives_the_loss_of_power(sqlite_database: Database, tmp_path: Path) -> None:
+    """What is on the disk when a write returns: the files as they stood when they were flushed last."""
+    table(sqlite_database)
+    path = sqlite_database.path
+    assert path is not None
+
+    def flush(_: int) -> None:
+        for end in ("", "-wal"):
+            shutil.copy(path.with_name(path.name + end), tmp_path / f"survives.db{end}")
+
+    database = Database(sqlite_database.url, flush=flush)
+    for number in range(1, 4):
+        add(database, "more")
+        survives = Database(f"sqlite:///{tmp_path / 'survives.db'}")
+        assert count(survives) == number
+        survives.close()
+    database.close()
+
+
+def test_nobody_is_told_of_a_commit_that_could_not_be_flushed(sqlite_database: Database) -> None:
+    def flush(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    table(sqlite_database)
+    database = Database(sqlite_database.url, flush=flush)
+    with pytest.raises(DatabaseUnusable, match=r"could not be flushed to its disk.*look at the disk's health"):
+        add(database, "one")
+    database.close()
+
+
+def test_others_write_while_a_commit_is_flushed(sqlite_database: Database) -> None:
+    table(sqlite_database)
+    flushing, go_on = threading.Event(), threading.Event()
+
+    def flush(_: int) -> None:
+        flushing.set()
+        assert go_on.wait(10)
+
+    database = Database(sqlite_database.url, flush=flush)
+    thread = threading.Thread(target=add, args=(database, "one"))
+    thread.start()
+    assert flushing.wait(10)
+    add(sqlite_database, "two")
+    assert thread.is_alive()
+    go_on.set()
+    thread.join()
+    assert count(sqlite_database) == 2
+    database.close()
+
+
+def test_it_is_the_log_of_now_that_is_flushed(tmp_path: Path) -> None:
+    """SQLite removes its log with its last connection, and makes another."""
+    names = []
+    database = Database(f"sqlite:///{tmp_path / 'own.db'}", flush=lambda file: names.append(os.fstat(file).st_nlink))
+    table(database)
+    for number in range(3):
+        with pytest.raises(LookupError), database.write():
+            raise LookupError  # its connection, the only one, is given up
+        add(database, f"after {number}")
+    assert names == [1] * 4
+    database.close()
+
+
+def test_a_row_names_nobody_who_is_not_there(sqlite_database: Database) -> None:
     with sqlite_database.write() as connection:
-        assert connection.execute(text("PRAGMA synchronous")).scalar_one() == 2
-        assert connection.execute(text("PRAGMA journal_mode")).scalar_one() == "wal"
         assert connection.execute(text("PRAGMA foreign_keys")).scalar_one() == 1
 
 

@@ -7,7 +7,7 @@ The path of a slice, in order:
 2. per flight: choose a relay whose limits have room (`paces`), or let the slice rest until one has
 3. look at the guard; where it moved, check again who still may get it; leave domains alone that refuse (`destinations`)
 4. write each mail as its turn comes (`renditions`), and hand it over on one connection
-5. settle what became of each mail within 10 milliseconds or 192 outcomes (`settler`)
+5. settle what became of each mail within 10 milliseconds or 128 outcomes (`settler`)
 6. give the slice back in the transaction of its last outcomes, or once all of them are committed
 
 No transaction is open while a relay is talked to. What a crash leaves behind is named by open flights (`rescue`).
