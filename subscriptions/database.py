@@ -344,7 +344,8 @@ class _Log:
                     self._close()  # SQLite removes it with its last connection
                 if self._file is None:
                     self._file = self._open()
-                self._flush(self._file)
+                if self._file is not None:
+                    self._flush(self._file)
         except OSError as error:
             message = (
                 f"the database {self._database} could not be flushed to its disk ({error}): look at the disk's health, "
@@ -352,9 +353,15 @@ class _Log:
             )
             raise DatabaseUnusable(message) from error
 
-    def _open(self) -> int:
-        """The log's file, of which the folder knows even after the loss of power."""
-        file = os.open(self._database.with_name(self._database.name + "-wal"), os.O_RDONLY)
+    def _open(self) -> int | None:
+        """The log's file, of which the folder knows even after the loss of power.
+
+        None where there is none: then the last connection was closed meanwhile, which flushed all into the database.
+        """
+        try:
+            file = os.open(self._database.with_name(self._database.name + "-wal"), os.O_RDONLY)
+        except FileNotFoundError:
+            return None
         folder = os.open(self._database.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

@@ -102,20 +102,17 @@ def waits_for_plan(connection: Connection, *, now: int, waited: int = 0) -> bool
 
     With `waited` one that was accepted so many microseconds ago.
     """
-    return connection.execute(_TO_PLAN, _now(now, waited)).first() is not None
+    return run(connection, f"{_TO_PLAN} LIMIT 1", _now(now, waited)).first is not None
 
 
 def _now(now: int, waited: int) -> dict[str, int]:
     return {"now": now, "before": now - waited if waited else NEVER}
 
 
-_TO_PLAN = (
-    select(events.c.id)
-    .where(events.c.status.in_(["accepted", "planning"]), events.c.plan_owner.is_(None))
-    .where(or_(events.c.not_before.is_(None), events.c.not_before <= bindparam("now")))
-    .where(events.c.accepted_at <= bindparam("before"))
-    .limit(1)
-)
+_TO_PLAN = """
+    SELECT 1 FROM events WHERE status IN ('accepted', 'planning') AND plan_owner IS NULL
+      AND (not_before IS NULL OR not_before <= :now) AND accepted_at <= :before
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,23 +126,19 @@ class Waiting:
 
 def look(connection: Connection, lanes: Collection[Lane], *, now: int, waited: int = 0) -> Waiting:
     """What is due and nobody has begun, in these lanes: one statement. `waited` is as in `waits_for_plan`."""
-    row = connection.execute(_LOOK, _now(now, waited)).one()
-    fed = [lane for lane, waits in zip(Lane, row[2:], strict=True) if waits and lane in lanes]
-    return Waiting(bool(row[0]), bool(row[1]), fed)
+    plan, retries, *to_feed = run(connection, _LOOK, _now(now, waited)).first
+    fed = [lane for lane, waits in zip(Lane, to_feed, strict=True) if waits and lane in lanes]
+    return Waiting(bool(plan), bool(retries), fed)
 
 
-def _to_feed(lane: Lane) -> Select[Any]:
-    return (
-        select(slices.c.id)
-        .where(slices.c.lane == int(lane), slices.c.done_at.is_(None), slices.c.due_at <= bindparam("now"))
-        .where(slices.c.queued_at.is_(None), slices.c.owner.is_(None))
-    )
-
-
-_RETRIES = select(deliveries.c.n).where(
-    deliveries.c.due_at <= bindparam("now"), deliveries.c.status == int(Status.PLANNED)
+_DUE = "SELECT 1 FROM slices WHERE done_at IS NULL AND due_at <= :now AND queued_at IS NULL AND owner IS NULL"
+_LOOK = ", ".join(
+    [
+        f"SELECT EXISTS ({_TO_PLAN})",
+        "EXISTS (SELECT 1 FROM deliveries WHERE due_at <= :now AND status = 0)",
+        *[f"EXISTS ({_DUE} AND lane = {int(lane)})" for lane in Lane],
+    ]
 )
-_LOOK = select(_TO_PLAN.limit(None).exists(), _RETRIES.exists(), *[_to_feed(lane).exists() for lane in Lane])
 
 
 def _any(connection: Connection, query: Select[Any]) -> bool:
@@ -186,24 +179,23 @@ def take(connection: Connection, lane: Lane, *, room: int, now: int, small: int 
     At most the mails of `room` whole slices stand there or are in work, and at most `small` slices for each of them:
     most events are for one account, and have a mail or two.
     """
-    standing = connection.execute(_STANDING, {"lane": int(lane)}).one()
-    left, space = small * room - standing.slices, SLICE_SIZE * room - standing.mails
+    count, mails_there, paused = run(connection, _STANDING, {"lane": int(lane)}).first
+    left, space = small * room - count, SLICE_SIZE * room - mails_there
     if left <= (small - 1) * room // REFILL or space <= 0:  # small ones are queued many at a time
         return NOTHING_TAKEN
-    mark = _mark(~_paused(connection)) if standing.paused else _MARK
+    mark = _mark(~_paused(connection)) if paused else _MARK
     rows = connection.execute(mark, {"fed": int(lane), "now": now, "left": left, "space": space}).all()
     if not rows:
         return NOTHING_TAKEN
     mails = sum(row.last_n - row.first_n + 1 for row in rows)
-    slices_now, whole = standing.slices + len(rows), 2 * (standing.mails + mails) >= SLICE_SIZE * room
-    return Taken(sorted(row.id for row in rows), mails, standing.slices == 0, standing=slices_now, whole=whole)
+    whole = 2 * (mails_there + mails) >= SLICE_SIZE * room
+    return Taken(sorted(row.id for row in rows), mails, count == 0, standing=count + len(rows), whole=whole)
 
 
-_STANDING = select(
-    func.count().label("slices"),
-    func.coalesce(func.sum(slices.c.last_n - slices.c.first_n + 1), 0).label("mails"),
-    select(pauses.c.scope).exists().label("paused"),
-).where(slices.c.lane == bindparam("lane"), slices.c.done_at.is_(None), slices.c.queued_at.is_not(None))
+_STANDING = """
+    SELECT count(*), coalesce(sum(last_n - first_n + 1), 0), EXISTS (SELECT 1 FROM pauses)
+    FROM slices WHERE lane = :lane AND done_at IS NULL AND queued_at IS NOT NULL
+"""
 
 
 def _mark(condition: ColumnElement[bool]) -> ReturningUpdate[Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import ColumnElement, Connection, case, delete, insert, select, update
 
+from subscriptions.bulk import run
 from worker import ledger
 from worker.ledger import HOLD_CLASS, Lane
 from worker.schema import events, slices, troubles, workers
@@ -44,8 +45,8 @@ def someone_sends(connection: Connection) -> bool:
 
 def serving(connection: Connection, lane: Lane) -> int:
     """How many workers on record serve a lane."""
-    named = connection.execute(select(workers.c.lanes)).scalars()
-    return sum(lane.name.lower() in lanes.split(",") for lanes in named)
+    named = run(connection, "SELECT lanes FROM workers").rows
+    return sum(lane.name.lower() in lanes.split(",") for (lanes,) in named)
 
 
 def free_own(connection: Connection, worker: int, *, now: int) -> None:
