@@ -349,7 +349,8 @@ class Sender:
             self._look(connection, work, *numbered([due.n for due in work.dues]), guard=guard)
         dues = work.dues[:size]
         put_off = self._put_off(connection, work, dues, now=now)
-        leaving = sum(due.n not in work.withdrawn for due in dues) - len(put_off)
+        stay = sum(due.n in work.withdrawn for due in dues) if work.withdrawn else 0
+        leaving = len(dues) - stay - len(put_off)
         starts = self.paces.take(connection, choice.relay, leaving, now=now)
         if starts is None:
             ledger.land(connection, [flight_id])

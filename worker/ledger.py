@@ -27,7 +27,6 @@ from sqlalchemy import (
     BigInteger,
     Connection,
     bindparam,
-    delete,
     func,
     select,
     update,
@@ -118,20 +117,19 @@ def lane_of(class_: str, *, broadcast: bool) -> Lane:
 
 def claim(connection: Connection, slice_id: int, worker: int, *, now: int) -> Claim | None:
     """Take a slice, once: None where another has it, it is done, or it is not due (all three are no fault)."""
-    row = connection.execute(_CLAIM, {"s": slice_id, "w": worker, "now": now}).one_or_none()
+    row = run(connection, _CLAIM, {"s": slice_id, "w": worker, "now": now}).first
     if row is None:
         return None
-    members = tuple(json.loads(row.members)) if row.members else None
-    return Claim(slice_id, row.event_id, Lane(row.lane), row.epoch, row.first_n, row.last_n, members)
+    event_id, lane, epoch, first_n, last_n, members = row
+    named = tuple(json.loads(members)) if members else None
+    return Claim(slice_id, event_id, Lane(lane), epoch, first_n, last_n, named)
 
 
-_CLAIM = (
-    update(slices)
-    .where(slices.c.id == bindparam("s"), slices.c.owner.is_(None), slices.c.done_at.is_(None))
-    .where(slices.c.due_at <= bindparam("now"))
-    .values(owner=bindparam("w"), epoch=slices.c.epoch + 1)
-    .returning(slices.c.event_id, slices.c.lane, slices.c.epoch, slices.c.first_n, slices.c.last_n, slices.c.members)
-)
+_CLAIM = """
+    UPDATE slices SET owner = :w, epoch = epoch + 1
+    WHERE id = :s AND owner IS NULL AND done_at IS NULL AND due_at <= :now
+    RETURNING event_id, lane, epoch, first_n, last_n, members
+"""
 
 
 def claim_new(connection: Connection, event_id: int, lane: Lane, worker: int, *, mails: int, now: int) -> Claim:
@@ -335,12 +333,8 @@ _RECORD_POSTGRESQL = _RECORD.format(
 
 def land(connection: Connection, flight_ids: Iterable[int]) -> None:
     """Forget flights whose mails are all settled."""
-    chosen = sorted(set(flight_ids) - {0})
-    if chosen:
-        connection.execute(_LAND, {"numbers": chosen})
-
-
-_LAND = delete(flights).where(flights.c.id.in_(bindparam("numbers", expanding=True)))
+    for flight_id in sorted(set(flight_ids) - {0}):  # one or two, nearly always
+        run(connection, "DELETE FROM flights WHERE id = :f", {"f": flight_id})
 
 
 def finish(connection: Connection, taken: Claim, worker: int, *, now: int) -> bool:
