@@ -97,7 +97,8 @@ class Database:
         self._writer = threading.Lock()
         self._writes: Connection | None = None  # the one that SQLite is written by, kept open
         self._has_log = False  # whether that connection leaves it to us to flush its commits
-        self._log = _Log(self.path, flush) if self.path is not None else None
+        self._log: _Log | None = None
+        self._flush = flush
 
     @contextmanager
     def read(self, *, patient: bool = False) -> Iterator[Connection]:
@@ -116,7 +117,10 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """A transaction that commits at the end and rolls back on any error; one at a time on SQLite."""
+        """A transaction that commits at the end and rolls back on any error; one at a time on SQLite.
+
+        Where its flush fails it is `DatabaseUnusable` too, though others see what was written.
+        """
         if self.dialect != "sqlite":
             with self.translated(), self.engine.begin() as connection:
                 if isinstance(self.clock, _ServerClock):
@@ -126,6 +130,8 @@ class Database:
         with self.translated():
             with self._writer:
                 connection = self._writes or self._write_by()
+                if self._log is not None and self._log.doubtful:
+                    self._log.mend(_driver(connection))
                 try:
                     with connection.begin():
                         yield connection
@@ -146,6 +152,8 @@ class Database:
         self._has_log = raw.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         if self._has_log:
             raw.execute("PRAGMA synchronous=NORMAL")
+            if self._log is None:  # beside the file itself, where `path` is a link
+                self._log = _Log(raw.execute("PRAGMA database_list").fetchone()[2], self._flush)
         return self._writes
 
     def _write_by_another(self) -> None:
@@ -279,7 +287,7 @@ def _sqlite_engine(url: str, turn: _Turn) -> Engine:
             _write_ahead(raw)
         if "max_page_count" in options:
             raw.execute(f"PRAGMA max_page_count={int(options['max_page_count'])}")
-        # FULL: a commit survives the loss of power, not only of the process (reliability.md 1.2).
+        # FULL: a commit survives the loss of power (reliability.md 1.2); with the kept connection that is up to `_Log`.
         raw.execute("PRAGMA synchronous=FULL")
         raw.execute("PRAGMA foreign_keys=ON")
         raw.execute("PRAGMA cache_size=-16000")
@@ -330,48 +338,71 @@ class _Log:
     flushed with it, for that stands in the same file: so what somebody built on is never lost alone.
     """
 
-    def __init__(self, database: Path, flush: Callable[[int], None]) -> None:
+    def __init__(self, database: str, flush: Callable[[int], None]) -> None:
+        self.doubtful = False
+        """A flush failed: systems then call what was not written clean, and the log may have a hole (`mend`)."""
         self._database = database
+        self._path = Path(f"{database}-wal")
         self._flush = flush
         self._file: int | None = None
         self._lock = threading.Lock()
+        self._closed = False
 
     def flush(self) -> None:
         """What was committed survives the loss of power from here on. Raises `DatabaseUnusable`."""
         try:
             with self._lock:
-                if self._file is not None and not os.fstat(self._file).st_nlink:
-                    self._close()  # SQLite removes it with its last connection
-                if self._file is None:
-                    self._file = self._open()
-                if self._file is not None:
-                    self._flush(self._file)
+                file = self._opened()
+                if file is not None:
+                    self._flush(file)
+                if self._closed:
+                    self._close()
         except OSError as error:
-            message = (
-                f"the database {self._database} could not be flushed to its disk ({error}): look at the disk's health, "
-                "then run the command again"
-            )
-            raise DatabaseUnusable(message) from error
+            self.doubtful = True
+            raise DatabaseUnusable(self._sentence(error)) from error
 
-    def _open(self) -> int | None:
-        """The log's file, of which the folder knows even after the loss of power.
-
-        None where there is none: then the last connection was closed meanwhile, which flushed all into the database.
-        """
+    def mend(self, raw: sqlite3.Connection) -> None:
+        """Have SQLite take the whole log into the database, flush that, and begin anew. Raises `DatabaseUnusable`."""
         try:
-            file = os.open(self._database.with_name(self._database.name + "-wal"), os.O_RDONLY)
+            busy, _, _ = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.Error as error:
+            raise DatabaseUnusable(self._sentence(error)) from error
+        if busy:
+            raise DatabaseUnusable(self._sentence("not yet: others are reading it"))
+        self.doubtful = False
+
+    def _sentence(self, why: object) -> str:
+        return (
+            f"the database {self._database} could not be flushed to its disk ({why}): look at the disk's health; what "
+            "was written last may be lost with the power"
+        )
+
+    def _opened(self) -> int | None:
+        """The log of now. None where the last connection was closed meanwhile: that flushes all into the database."""
+        try:
+            there = self._path.stat()
+            if self._file is not None and not os.path.samestat(there, os.fstat(self._file)):
+                self._close()
+            if self._file is None:
+                self._file = os.open(self._path, os.O_RDONLY)
+                self._flush_folder()
         except FileNotFoundError:
-            return None
-        folder = os.open(self._database.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        return file
+            self._close()
+        return self._file
+
+    def _flush_folder(self) -> None:
+        """The log's name survives too, where its folder may be opened; SQLite asks for no more."""
+        with suppress(OSError):
+            folder = os.open(self._path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def close(self) -> None:
         """Close the file."""
         with self._lock:
+            self._closed = True
             self._close()
 
     def _close(self) -> None:
@@ -486,6 +517,7 @@ def _sentence(url: str, error: DBAPIError) -> str:
 
 _REMEDIES = (
     ("readonly", "make the file and its folder writable, or name another in database_url"),
+    ("deadlock", "another process worked on the same: run the command again"),
     ("full", "free space on its disk, then run the command again; nothing was half-written"),
     ("disk I/O error", "free space on its disk or look at its health, then run the command again"),
     ("unable to open", "check the path and the rights of its folder"),

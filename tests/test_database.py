@@ -175,6 +175,46 @@ def test_nobody_is_told_of_a_commit_that_could_not_be_flushed(sqlite_database: D
     database.close()
 
 
+def test_after_a_flush_that_failed_nothing_is_written_before_all_before_it_is_safe(
+    sqlite_database: Database, tmp_path: Path
+) -> None:
+    faults = [OSError(errno.EIO, "Input/output error")]
+
+    def flush(_: int) -> None:
+        if faults:
+            raise faults.pop()
+
+    table(sqlite_database)
+    database = Database(sqlite_database.url, flush=flush)
+    with pytest.raises(DatabaseUnusable, match="Input/output error"):
+        add(database, "one")
+    with sqlite_database.read() as connection:
+        assert connection.execute(text("SELECT count(*) FROM notes")).scalar_one() == 1
+        with pytest.raises(DatabaseUnusable, match="not yet: others are reading it"):
+            add(database, "two")
+    add(database, "two")
+    assert sqlite_database.path is not None
+    shutil.copy(sqlite_database.path, tmp_path / "without_the_log.db")
+    assert count(Database(f"sqlite:///{tmp_path / 'without_the_log.db'}")) == 1
+    assert count(sqlite_database) == 2
+    database.close()
+
+
+def test_the_log_beside_the_file_is_flushed_where_the_url_names_a_link(
+    sqlite_database: Database, tmp_path: Path
+) -> None:
+    table(sqlite_database)
+    assert sqlite_database.path is not None
+    link = tmp_path / "elsewhere" / "link.db"
+    link.parent.mkdir()
+    link.symlink_to(sqlite_database.path)
+    flushed = []
+    database = Database(f"sqlite:///{link}", flush=lambda file: flushed.append(os.fstat(file).st_ino))
+    add(database, "one")
+    assert flushed == [sqlite_database.path.with_name(sqlite_database.path.name + "-wal").stat().st_ino]
+    database.close()
+
+
 def test_others_write_while_a_commit_is_flushed(sqlite_database: Database) -> None:
     table(sqlite_database)
     flushing, go_on = threading.Event(), threading.Event()

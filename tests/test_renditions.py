@@ -520,6 +520,17 @@ def test_a_mail_that_needs_care_is_made_alone(given):
     )
 
 
+def test_accounts_with_ids_of_all_lengths_have_their_headers_folded_right():
+    event, audience, press = an_event(effective_at=None), Audience(), a_press()
+    for number in range(120):
+        audience.add(accounts=(("a" * (1 + number % 60), f"Acme {number}"),))
+    made = by_press(press, event, audience, eightbit=True, on_a_sheet=30)
+    assert made == in_full(SHIPPED, event, audience, eightbit=True)
+    assert len(a_sheet(press, event, audience)) == 120
+    audience.dues.reverse()
+    assert by_press(press, event, audience, eightbit=True, on_a_sheet=64) == made[::-1]
+
+
 def test_a_contact_that_is_gone_spoils_no_other_mail_of_its_sheet():
     event, audience, press = an_event(effective_at=None), Audience().plain(6), a_press()
     by_press(press, event, audience, eightbit=True)
@@ -529,6 +540,16 @@ def test_a_contact_that_is_gone_spoils_no_other_mail_of_its_sheet():
     with pytest.raises(KeyError):
         sheet.envelope(audience.dues[1])
     assert sheet.envelope(audience.dues[2]).recipient == "ada@acme.example"
+
+
+def test_a_mail_that_can_not_be_made_spoils_no_other_mail_of_its_sheet():
+    event, audience, press = an_event(effective_at=None), Audience().plain(6), a_press()
+    whole = by_press(press, event, audience, eightbit=True)
+    audience.people.accounts[2] = ("acme-1", "Acme 1", "a catalogue that nobody has any more")
+    sheet = a_sheet(press, event, audience)
+    with pytest.raises(KeyError):
+        sheet.envelope(audience.dues[1])
+    assert [sheet.envelope(due).body for due in audience.dues[2:]] == whole[2:]
 
 
 def test_mails_of_an_event_with_attachments_and_of_one_account_are_made_alone():

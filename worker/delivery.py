@@ -6,8 +6,8 @@ The path of a slice, in order:
    small one is read there, a large one outside of it, so that no writer waits
 2. per flight: choose a relay whose limits have room (`paces`), or let the slice rest until one has
 3. look at the guard; where it moved, check again who still may get it; leave domains alone that refuse (`destinations`)
-4. write each mail as its turn comes (`renditions`), and hand it over on one connection
-5. settle what became of each mail within 10 milliseconds or 128 outcomes (`settler`)
+4. write each mail as its turn comes (`sheets`, `renditions`), and hand it over on one connection
+5. settle what became of each mail within 10 milliseconds or 192 outcomes (`settler`)
 6. give the slice back in the transaction of its last outcomes, or once all of them are committed
 
 No transaction is open while a relay is talked to. What a crash leaves behind is named by open flights (`rescue`).
@@ -559,7 +559,7 @@ def _fell(
 
 @dataclass(slots=True)
 class _Mails:
-    """The mails of one flight: made one by one as their turn comes, and settled as they are answered."""
+    """The mails of one flight: written as their turn comes, and settled as they are answered."""
 
     sender: Sender
     work: Work
@@ -777,6 +777,8 @@ class _Mails:
     def _sheet(self, dues: Sequence[Due]) -> Sheet:
         work, flight = self.work, self.flight
         eightbit = "8bitmime" in flight.relay.offers
+        if work.withdrawn or flight.put_off:
+            dues = [due for due in dues if due.n not in work.withdrawn and due.n not in flight.put_off]
         return Sheet(self.sender.press, work.event, dues, work.people, begun=flight.begun, eightbit=eightbit)
 
     async def _mark(self, due: Due) -> bool:

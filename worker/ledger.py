@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -265,18 +265,19 @@ def _still_ours(connection: Connection, worker: int, outcomes: Outcomes) -> Outc
     return arrange(left, dialect=connection.dialect.name) if len(left) < len(settlements) else outcomes
 
 
-def _held(connection: Connection, claims: Iterable[tuple[int, int]], worker: int) -> set[tuple[int, int]]:
+def _held(connection: Connection, claims: Collection[tuple[int, int]], worker: int) -> set[tuple[int, int]]:
     """Which of these claims (slice, epoch) the worker still has."""
-    claims = set(claims)
-    rows = connection.execute(_HELD, {"numbers": [slice_id for slice_id, _ in claims], "w": worker})
-    return claims & {(row.id, row.epoch) for row in rows}
+    numbers = [slice_id for slice_id, _ in claims]
+    if connection.dialect.name == "sqlite":
+        found = run(connection, _HELD_SQLITE, {"numbers": json.dumps(numbers), "w": worker})
+    else:
+        found = run(connection, _HELD_POSTGRESQL, {"numbers": numbers, "w": worker})
+    return set(claims) & {(number, epoch) for number, epoch in found.rows}
 
 
-_HELD = (
-    select(slices.c.id, slices.c.epoch)
-    .where(slices.c.id.in_(bindparam("numbers", expanding=True)), slices.c.owner == bindparam("w"))
-    .with_for_update(read=True)  # nobody frees them before this is committed
-)
+_HELD_SQLITE = "SELECT id, epoch FROM slices WHERE owner = :w AND id IN (SELECT value FROM json_each(:numbers))"
+_HELD_POSTGRESQL = "SELECT id, epoch FROM slices WHERE owner = :w AND id = ANY(:numbers) FOR SHARE"
+#: Nobody frees them before this is committed.
 
 
 _OVERRIDDEN = {Status.HELD: "unknown", Status.CANCELLED: CANCELLED}

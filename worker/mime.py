@@ -138,9 +138,10 @@ def mailbox_header(name: str, display: str, address: str) -> str:
     return written_mailbox(name, display, wire_address(address))
 
 
-def is_plain_mailbox(name: str, display: str, address: str) -> bool:
-    """Whether a header says somebody's name and address just as they are, `Name <address>` on its one line."""
-    return is_plain_name(display) and len(name) + len(display) + len(address) + 5 <= LINE and is_plain_address(address)
+def is_plain_recipient(display: str, address: str) -> bool:
+    """Whether the header To says a name and an address just as they are, `To: Name <address>` on one line."""
+    short = len(display) + len(address) + len("To:  <>") <= LINE
+    return short and is_plain_name(display) and is_plain_address(address)
 
 
 def is_plain_name(display: str) -> bool:

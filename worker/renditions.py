@@ -71,8 +71,9 @@ MOST_OCTETS: Final = 64 * 1024 * 1024
 MOST_PROVEN: Final = 10_000
 LONGEST_VALUE: Final = 250
 #: Characters of a personal value; names have at most 100, subjects 200.
-MOST_TEMPLATES: Final = 8
-#: That a rendition keeps: for each length of an account's id, and for texts that are ASCII and others.
+TEMPLATE_OCTETS: Final = 256 * 1024
+#: Of the templates of a rendition, but four at least: one for each length of an account's id, and for texts that are
+#: ASCII and others.
 MOST_TRIES: Final = 5
 #: Mails of a kind whose own values keep a rendition from being made; after that it has none.
 CHECKED: Final = (10, 100, 1_000)
@@ -335,7 +336,8 @@ class Press:
             return
         place = next((at for at, (a, b) in enumerate(zip(body, whole.body, strict=False)) if a != b), len(whole.body))
         logger.error("rendition.differs", event_id=event.ulid, n=due.n, octet=place, what_next="it is rendered in full")
-        self._octets -= kind.octets
+        if any(one is kind for one in self._kinds.values()):
+            self._octets -= kind.octets
         kind.rendition, kind.outline, kind.refused = None, None, True
 
 
@@ -390,7 +392,8 @@ class Rendition:
         self._at_once = simple and not self._doubtful and self._room >= LONGEST_WORD
         self._is_ascii = self._plain.shared_is_ascii, self._html.shared_is_ascii
         texts = self._plain.size + self._html.size
-        self.octets = 3 * texts + MOST_TEMPLATES * (texts + _HEADERS) + len(self._frame.after)
+        self._kept = max(4, TEMPLATE_OCTETS // (texts + _HEADERS))  # templates
+        self.octets = 3 * texts + self._kept * (texts + _HEADERS) + len(self._frame.after)
 
     def write(self, values: list[bytes], recipient: str, seconds: int, *, eightbit: bool) -> tuple[bytes, bool] | None:
         """The mail with these values (as `Composer.personal` gives them), and whether all of it is ASCII.
@@ -423,7 +426,7 @@ class Rendition:
             frame = self._frame
             plain = self._plain.pieces(is_ascii=is_ascii[0])
             html = self._html.pieces(is_ascii=is_ascii[1])
-            if len(self._templates) >= MOST_TEMPLATES:
+            if len(self._templates) >= self._kept:
                 self._templates.clear()
             found = _template([*head, frame.before, *plain, frame.between, *html, _AFTER])
             self._templates[key] = found

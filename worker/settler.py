@@ -2,7 +2,7 @@
 
 A mail is in flight from when it is handed over until its outcome is committed: a crash leaves no more in doubt (design,
 principle 6). So the window between a relay's answer and its durable record is kept small: an outcome waits 10
-milliseconds or for 128 others, and no further mail is begun while one waits for long. What can't be committed at once
+milliseconds or for 192 others, and no further mail is begun while one waits for long. What can't be committed at once
 is kept and tried again. Lives on the event loop.
 """
 
@@ -26,7 +26,7 @@ from worker.writer import Writer
 logger = logs.get(__name__)
 
 SETTLE_SECONDS = 0.01
-SETTLE_OUTCOMES = 128
+SETTLE_OUTCOMES = 192
 #: Outcomes wait no longer, or for no more than these, before they are committed (design, principle 6).
 IN_FLIGHT = 256
 #: Mails of a worker process that were handed over and whose outcomes are not committed.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import repeat
 from typing import Final, NamedTuple
 
@@ -49,8 +50,9 @@ class Sheet:
         self._eightbit = eightbit
         self._made: dict[int, tuple[tuple[bytes, ...], str, str, _Form]] = {}  # n -> values, sender, recipient, form
         if press.shares(event) and not event.data.get("attachments"):
-            for alike in self._alike(dues):
-                self._make(alike)
+            with suppress(Exception):  # `envelope` raises it, for the mail alone that it is about (R20)
+                for alike in self._alike(dues):
+                    self._make(alike)
 
     def __len__(self) -> int:
         """How many of them have their values, and are not written yet."""
@@ -62,13 +64,14 @@ class Sheet:
         values, sender, recipient, form = self._made.pop(due.n, _NOTHING)
         if form is None or form.kind.rendition is not form.rendition:  # the latter showed that it differs
             return press.envelope(event, due, people, begun=self._begun, eightbit=self._eightbit)
-        body, kind = form.template % values, form.kind
+        body, kind, eightbit = form.template % values, form.kind, form.eightbit
         kind.mails += 1
         if kind.mails < kind.checked_at:
             press.by_rendition += 1
         else:
             body = press.checked(event, due, people, kind, body, begun=self._begun, eightbit=self._eightbit)
-        return Envelope(sender, recipient, body, False, form.eightbit, True)  # by place, for names cost here
+            eightbit = self._eightbit and not body.isascii()
+        return Envelope(sender, recipient, body, False, eightbit, True)  # by place, for names cost here
 
     def _alike(self, dues: Iterable[Due]) -> Iterable[Sequence[tuple[Due, Contact, str, str]]]:
         """The plain mails of one ground that may have one form, each with its contact, its account's id and name."""
@@ -112,7 +115,7 @@ _NOTHING: Final = ((), "", "", None)
 def _is_plain(contact: Contact, account: str, title: str) -> bool:
     """Whether a mail says somebody's name and address, and an account's id and name, just as they are."""
     return (
-        mime.is_plain_mailbox("To", contact.name, contact.email)
+        mime.is_plain_recipient(contact.name, contact.email)
         and PLAIN_LABEL.fullmatch(account) is not None
         and len(title) <= NAME_LENGTH
         and mime.is_plain_name(title)
