@@ -298,7 +298,7 @@ class Scheduler:
                     self.worker,
                     clock=self.clock,
                     go_on=self.may_send,
-                    released=self._released,
+                    released=partial(self._released, event.lane),
                 )
             except DatabaseUnusable as error:
                 logger.warning("scheduler.failed", why=str(error), tried_again_in_seconds=1)
@@ -307,12 +307,13 @@ class Scheduler:
                 if event is None:
                     raise
                 self._set_aside(event, error)
-            self._released()
+            self._released(event.lane)
 
-    def _released(self) -> None:
-        """Something may be sent now: here, and elsewhere."""
-        self.wake()
-        self.tell(waking.DUE.values())
+    def _released(self, lane: Lane) -> None:
+        """Something of a lane may be sent now: here, and elsewhere."""
+        if lane in self.width:
+            self.wake()
+        self.tell({waking.DUE[lane]})
 
     def _set_aside(self, event: fanout.EventRow, error: Exception) -> None:
         logger.exception("event.held", event_id=event.ulid, why=str(error), what_next="a person decides")
