@@ -440,7 +440,7 @@ def test_a_batch_that_is_refused_after_a_claim_leaves_no_claim(tmp_path: Path, s
         assert engine._in_hand == set()
         publish(app, event("file.failed"))
         assert engine.until_idle(seconds=20)
-        assert engine._in_hand == set()
+        until(lambda: not engine._in_hand)  # others see that a slice is done a moment before its worker is told
     assert len(server.accepted) == 1
 
 
