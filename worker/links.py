@@ -70,7 +70,7 @@ Named = tuple[bytes, bytes]
 
 def named_delivery(event_id: int, ulid: str, n: int, mailbox_key: bytes) -> Named:
     """A delivery, for the tokens of its mail."""
-    return varint(event_id) + varint(n), delivery_identity(ulid, mailbox_key)
+    return named_deliveries(event_id, ulid, ((n, mailbox_key),))[0]
 
 
 def named_deliveries(event_id: int, ulid: str, deliveries: Iterable[tuple[int, bytes]]) -> list[Named]:

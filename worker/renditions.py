@@ -719,7 +719,7 @@ class _Head:
         return b"".join(lines)
 
     def _made_for(self, length: int) -> list[bytes | int] | None:
-        """None where that is not certain."""
+        """The pieces for a length, folded once with a stand-in; None where another id could be folded otherwise."""
         account = "Q" * length
         words = _STAND_INS | {FIRST_GROUND: account, LABEL: account}
         pieces: list[bytes | int] = []
