@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -87,6 +88,35 @@ def test_what_was_settled_is_not_settled_again(database: Database) -> None:
     assert statuses(database) == [Status.ACCEPTED, Status.PLANNED, Status.PLANNED]
     with database.read() as connection:
         assert ledger.totals(connection, 1) == {"accepted": 1, "planned": 2}
+
+
+def test_each_outcome_is_recorded_with_its_own_reply_and_time_whatever_the_order_and_the_gaps(
+    database: Database,
+) -> None:
+    plan(database, mails=40)
+    me = worker(database)
+    taken = claim(database, me)
+    assert taken is not None
+    rng = random.Random(7)
+    numbers = rng.sample(range(1, 41), 30)
+    settlements: list[Settlement] = []
+    expected: dict[int, tuple[int, str | None, int, int | None]] = {}
+    while numbers:
+        some, numbers = numbers[: rng.randint(1, 5)], numbers[5:]
+        if rng.random() < 0.5:
+            some.sort()
+        over, flown = rng.random() < 0.5, NOW + rng.randint(0, 2)
+        due_at = None if over else NOW + rng.randint(1, 10**9)
+        replies = [rng.choice([None, f"250 {n} 'ünï\"\\"]) for n in some]
+        status = Status.ACCEPTED if over else Status.PLANNED
+        made = outcome(taken, 0, status, due_at=due_at)
+        settlements.append(made._replace(numbers=some, replies=replies, flown_at=flown))
+        expected |= {n: (int(status), said, flown, due_at) for n, said in zip(some, replies, strict=True)}
+    assert settle(database, me, *settlements) == len(expected)
+    columns = (deliveries.c.status, deliveries.c.reply, deliveries.c.first_flight_at, deliveries.c.due_at)
+    with database.read() as connection:
+        stands = {row[0]: tuple(row[1:]) for row in connection.execute(select(deliveries.c.n, *columns))}
+    assert stands == dict.fromkeys(range(1, 41), (0, None, None, None)) | expected
 
 
 def test_who_lost_the_claim_records_acceptances_only(database: Database) -> None:
