@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
@@ -15,9 +16,13 @@ from hypothesis import strategies as st
 from tests.shared import shared
 from worker.mime import (
     MimeError,
+    are_plain_names,
+    are_plain_recipients,
     assemble,
     encoded_body,
     encoded_words,
+    is_plain_address,
+    is_plain_name,
     needs_smtputf8,
     prove,
     says_plainly,
@@ -102,6 +107,17 @@ def test_whatever_is_meant_reads_back_where_the_relay_takes_eight_bits(subject, 
     raw = assemble(email, eightbit=True)
     prove(email, raw, eightbit=True)
     assert max(map(len, raw.split(b"\r\n"))) <= 998
+
+
+_FEW_SIGNS = st.lists(st.text('ab@ \nä"', max_size=5), min_size=1, max_size=4)
+
+
+@given(_FEW_SIGNS)
+def test_names_and_addresses_are_plain_together_where_each_of_them_is(texts):
+    assert are_plain_names(texts) == all(map(is_plain_name, texts))
+    names = ["a"] * len(texts)
+    plain = all(re.fullmatch("[ab]+@[ab]+", text) for text in texts)
+    assert are_plain_recipients(names, texts) == plain == all(map(is_plain_address, texts))
 
 
 @given(LINES, st.integers(20, 75))

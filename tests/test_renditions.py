@@ -54,9 +54,9 @@ NOBODY = mime.Email(subject="s", text="", html="", headers=(("X-Rolecast-Event",
 BOUNDARY = mime.frame(NOBODY, b"", b"").boundaries[0].decode()
 HOSTILE = (
     "", " ", "\x00", "<b>Ada</b>", "\"Ada\" O'Brien & Sons", "=?utf-8?q?A=0D=0ABcc=3A_evil=40x=2Ey?=", ".", ". Ada",
-    "A" * 99, "A" * 600, "ä" * 99, "Zoë Strauß", "日本 太郎", "Ada\r\nBcc: evil@x.test", "a\u2028b", "\ue000", "&amp;",
-    "a  b", "\u3000x", "{{ name }}", 'href="javascript:x', "src=x", "=_", BOUNDARY, "👩\u200d🚀", "Q", "\\",
-    "x" * 40 + " " + "y" * 40, "山田\u3000太郎", "a\u00adb", "\ud800",
+    "A" * 99, "A" * 600, "ä" * 99, "Zoë Strauß", "日本 太郎", "Ada\r\nBcc: evil@x.test", "Ada\nBob", "a\u2028b",
+    "\ue000", "&amp;", "a  b", "\u3000x", "{{ name }}", 'href="javascript:x', "src=x", "=_", BOUNDARY, "👩\u200d🚀",
+    "Q", "\\", "x" * 40 + " " + "y" * 40, "山田\u3000太郎", "a\u00adb", "\ud800",
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import add
 from pathlib import Path
 from typing import Final, Literal
 
@@ -42,6 +43,9 @@ _LARGEST: Final[Mapping[Purpose, tuple[int, ...]]] = {"u": _DELIVERY, "p": (_ROW
 
 
 _URL_SAFE: Final = bytes.maketrans(b"+/", b"-_")
+
+_Signer = Callable[[Iterable[bytes]], list[bytes]]
+#: The MAC of each of these: three are made a mail.
 
 
 class BadToken(Exception):  # noqa: N818 - reads as the sentence it is
@@ -79,9 +83,9 @@ def named_deliveries(event_id: int, ulid: str, deliveries: Iterable[tuple[int, b
     return [(event + varint(n), identity + mailbox_key) for n, mailbox_key in deliveries]
 
 
-def named_contact(number: int, account: str, contact: str) -> Named:
-    """A contact, for the link to its preferences."""
-    return varint(number), contact_identity(account, contact)
+def named_contacts(contacts: Iterable[tuple[int, str, str]]) -> list[Named]:
+    """Contacts, each its number, its account's id and its own, for the links to their preferences."""
+    return [(varint(number), contact_identity(account, contact)) for number, account, contact in contacts]
 
 
 def delivery_now(connection: Connection, event_id: int, n: int) -> bytes | None:
@@ -114,7 +118,7 @@ class Links:
 
     keys: tuple[str, ...]
     base: str
-    _sign: Callable[[bytes], bytes] = field(init=False, repr=False, compare=False)
+    _sign: _Signer = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_sign", _link_signer(self.keys[0]))
@@ -135,11 +139,11 @@ class Links:
         """The same token of what is written already, as octets."""
         return self.tokens_of(purpose, (named,))[0]
 
-    def tokens_of(self, purpose: bytes, named: Iterable[Named]) -> list[bytes]:
+    def tokens_of(self, purpose: bytes, named: Sequence[Named]) -> list[bytes]:
         """A token for each of these: two are made a mail."""
-        sign = self._sign
-        bodies = [(purpose + numbers, identity) for numbers, identity in named]
-        raw = [body + sign(body + identity) for body, identity in bodies]
+        bodies = [purpose + numbers for numbers, _ in named]
+        macs = self._sign([body + identity for body, (_, identity) in zip(bodies, named, strict=True)])
+        raw = map(add, bodies, macs)
         return [binascii.b2a_base64(one, newline=False).translate(_URL_SAFE, b"=") for one in raw]
 
     def read(self, purpose: Purpose, token: str, identity_of: Callable[..., bytes | None]) -> tuple[int, ...]:
@@ -158,7 +162,7 @@ class Links:
             raise BadToken
         numbers = _numbers(body[1:], _LARGEST[purpose])
         signed = body + _known(identity_of(*numbers))
-        good = [hmac.compare_digest(mac, _link_signer(key)(signed)) for key in self.keys]
+        good = [hmac.compare_digest(mac, _link_signer(key)([signed])[0]) for key in self.keys]
         if not any(good):
             raise BadToken
         return numbers
@@ -186,17 +190,17 @@ def _known(identity: bytes | None) -> bytes:
 
 
 @lru_cache(maxsize=32)  # the keys of an installation
-def _link_signer(key: str) -> Callable[[bytes], bytes]:
+def _link_signer(key: str) -> _Signer:
     return _signer(key.encode(), b"rolecast link v1\0", _MAC_BYTES)
 
 
 @lru_cache(maxsize=32)  # an installation has one
-def _sender_signer(address_key: bytes) -> Callable[[bytes], bytes]:
+def _sender_signer(address_key: bytes) -> _Signer:
     return _signer(address_key, b"rolecast bounce v1\0", _BOUNCE_MAC_BYTES)
 
 
-def _signer(key: bytes, purpose: bytes, length: int) -> Callable[[bytes], bytes]:
-    """What makes the first so many bytes of HMAC-SHA-256 of the purpose and what is to be signed.
+def _signer(key: bytes, purpose: bytes, length: int) -> _Signer:
+    """What makes the first so many bytes of HMAC-SHA-256 of the purpose and each text that is to be signed.
 
     Its two hashes are begun once with what all tokens share (RFC 2104, section 4): a third faster than `hmac`'s copies.
     """
@@ -204,11 +208,14 @@ def _signer(key: bytes, purpose: bytes, length: int) -> Callable[[bytes], bytes]
     begin = hashlib.sha256(bytes(octet ^ 0x36 for octet in block) + purpose).copy
     end = hashlib.sha256(bytes(octet ^ 0x5C for octet in block)).copy
 
-    def sign(signed: bytes) -> bytes:
-        inner, outer = begin(), end()
-        inner.update(signed)
-        outer.update(inner.digest())
-        return outer.digest()[:length]
+    def sign(texts: Iterable[bytes]) -> list[bytes]:
+        macs = []
+        for text in texts:
+            inner, outer = begin(), end()
+            inner.update(text)
+            outer.update(inner.digest())
+            macs.append(outer.digest()[:length])
+        return macs
 
     return sign
 
@@ -225,10 +232,10 @@ def bounce_sender(address_key: bytes, delivery: Named, *, domain: str) -> str:
     return bounce_senders(address_key, (delivery,), domain=domain)[0]
 
 
-def bounce_senders(address_key: bytes, deliveries: Iterable[Named], *, domain: str) -> list[str]:
+def bounce_senders(address_key: bytes, deliveries: Sequence[Named], *, domain: str) -> list[str]:
     """The same of several deliveries."""
-    sign = _sender_signer(address_key)
-    return [f"b+{(numbers + sign(numbers + identity)).hex()}@{domain}" for numbers, identity in deliveries]
+    macs = _sender_signer(address_key)([numbers + identity for numbers, identity in deliveries])
+    return [f"b+{numbers.hex()}{mac.hex()}@{domain}" for (numbers, _), mac in zip(deliveries, macs, strict=True)]
 
 
 def read_bounce(
@@ -248,7 +255,7 @@ def read_bounce(
     body, mac = raw[:-_BOUNCE_MAC_BYTES], raw[-_BOUNCE_MAC_BYTES:]
     event_id, n = _numbers(body, _DELIVERY)
     signed = body + _known(identity_of(event_id, n))
-    if not hmac.compare_digest(mac, _sender_signer(address_key)(signed)):
+    if not hmac.compare_digest(mac, _sender_signer(address_key)([signed])[0]):
         raise BadToken
     return event_id, n
 

@@ -23,7 +23,7 @@ from subscriptions.bulk import read_columns
 from subscriptions.catalogue import Catalogue
 from subscriptions.directory import ContactRow, Known
 from worker.fanout import EventRow
-from worker.links import Links, Named, contact_identity, delivery_identity, named_contact
+from worker.links import Links, Named, contact_identity, delivery_identity, named_contacts
 from worker.rendering import Ground, Mail, Variant, list_label, shown_account, shown_name
 from worker.schema import verdict_shapes
 from worker.settings import Settings
@@ -324,7 +324,7 @@ class Composer:
         for account, contact, _ in grounds:
             ext, name, _ = accounts[account]
             if links is not None:
-                preference = links.token_of(b"p", named_contact(contact, ext, contacts[contact].id))
+                preference = links.tokens_of(b"p", named_contacts(((contact, ext, contacts[contact].id),)))[0]
             word, title, _ = _said_of(ext, name)
             values += (word, title, preference)
         return values
@@ -339,7 +339,7 @@ class Composer:
         links, blank = self.links, [b""] * len(mails)
         tokens, words, preferences = blank, [account.encode() for _, _, account, _ in mails], blank
         if links is not None:
-            contacts = [named_contact(due.grounds[0].contact, account, one.id) for due, one, account, _ in mails]
+            contacts = named_contacts((one.number, account, one.id) for _, one, account, _ in mails)
             preferences = links.tokens_of(b"p", contacts)
             tokens = links.tokens_of(b"u", named) if listed else blank
         names, titles = [one.name.encode() for _, one, _, _ in mails], [title.encode() for _, _, _, title in mails]

@@ -16,7 +16,7 @@ import binascii
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from email import message_from_bytes, message_from_string, policy
 from email.errors import HeaderParseError
@@ -98,6 +98,8 @@ _ATOMS: Final = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]+")
 _CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9-]+")
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_+/*-]+(?: [A-Za-z0-9_+/*-]+)*")
+_PLAIN_NAMES: Final = re.compile(rf"{_PLAIN_NAME.pattern}(?:\n{_PLAIN_NAME.pattern})*")
+_NO_LOCAL_PART_OR_DOMAIN: Final = re.compile(r"(?:^|\n)@|@(?:\n|$)")
 _PLAIN_IN_ADDRESS: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.+-"
 _ADDRESS: Final = re.compile(r"[^\s<>(),:;\\\"@\[\]]+@[^\s<>(),:;\\\"@\[\]]+")
 
@@ -138,15 +140,24 @@ def mailbox_header(name: str, display: str, address: str) -> str:
     return written_mailbox(name, display, wire_address(address))
 
 
-def is_plain_recipient(display: str, address: str) -> bool:
-    """Whether the header To says a name and an address just as they are, `To: Name <address>` on one line."""
-    short = len(display) + len(address) + len("To:  <>") <= LINE
-    return short and is_plain_name(display) and is_plain_address(address)
+def are_plain_recipients(displays: Sequence[str], addresses: Sequence[str]) -> bool:
+    """Whether the header To says names and addresses just as they are, `To: Name <address>` on one line.
+
+    False also where the longest of several names and the longest address would need two.
+    """
+    short = max(map(len, displays)) + max(map(len, addresses)) + len("To:  <>") <= LINE
+    return short and are_plain_names(displays) and _are_plain_addresses(addresses)
 
 
 def is_plain_name(display: str) -> bool:
     """Whether it is words of letters and digits, and of signs that nothing has to escape."""
     return _PLAIN_NAME.fullmatch(display) is not None
+
+
+def are_plain_names(displays: Collection[str]) -> bool:
+    """Whether each of several is."""
+    lines = "\n".join(displays)  # as many as there are names: none has two
+    return lines.count("\n") == len(displays) - 1 and _PLAIN_NAMES.fullmatch(lines) is not None
 
 
 def written_mailbox(name: str, display: str, written: str) -> str:
@@ -159,14 +170,22 @@ def written_mailbox(name: str, display: str, written: str) -> str:
 
 def is_plain_address(address: str) -> bool:
     """Whether it is one of the usual characters alone, which stands anywhere as it is."""
-    is_plain = address.isascii() and address.encode().translate(None, _PLAIN_IN_ADDRESS) == b"@"
-    return is_plain and address[0] != "@" != address[-1]
+    return _are_plain_addresses((address,))
+
+
+def _are_plain_addresses(addresses: Sequence[str]) -> bool:
+    lines = "\n".join(addresses)
+    if not lines.isascii():
+        return False
+    rest = b"@\n" * (len(addresses) - 1) + b"@"
+    # Translated as octets: a pattern would take three times as long.
+    return lines.encode().translate(None, _PLAIN_IN_ADDRESS) == rest and not _NO_LOCAL_PART_OR_DOMAIN.search(lines)
 
 
 def wire_address(address: str) -> str:
     """The address as it stands in headers and SMTP commands: the domain as A-labels. Raises MimeError."""
     if is_plain_address(address):
-        return address  # what is below says the same of nearly every address; a pattern would take three times as long
+        return address  # what is below says the same of nearly every address
     local, at, domain = address.strip().rpartition("@")
     if not domain.isascii():
         try:

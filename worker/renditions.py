@@ -155,7 +155,7 @@ class Press:
             body = self._full(event, due, people, begun=begun, eightbit=eightbit).body
             is_ascii = body.isascii()
         sender = bounce_sender(self.address_key, delivery, domain=event.bounce_domain)
-        # By place, for names cost here: smtputf8, eightbit, clean.
+        # By place, for names cost here: smtputf8, eightbit, checked.
         return Envelope(sender, recipient, body, not recipient.isascii(), eightbit and not is_ascii, True)
 
     @staticmethod

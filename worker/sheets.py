@@ -28,6 +28,10 @@ SHEET: Final = 64
 #: Mails of a sheet: their values are made before the first of them is written, and nobody waits long for that.
 
 
+_Addressed = tuple[Due, Contact, str, str]
+"""A mail, its contact, its account's id and its account's name."""
+
+
 class _Form(NamedTuple):
     """What the plain mails of one kind in a sheet are written with."""
 
@@ -73,22 +77,24 @@ class Sheet:
             eightbit = self._eightbit and not body.isascii()
         return Envelope(sender, recipient, body, False, eightbit, True)  # by place, for names cost here
 
-    def _alike(self, dues: Iterable[Due]) -> Iterable[Sequence[tuple[Due, Contact, str, str]]]:
-        """The plain mails of one ground that may have one form, each with its contact, its account's id and name."""
+    def _alike(self, dues: Iterable[Due]) -> Iterable[Sequence[_Addressed]]:
+        """The plain mails of one ground that may have one form."""
         contacts, accounts = self._people.contacts, self._people.accounts
-        found = defaultdict[tuple[object, ...], list[tuple[Due, Contact, str, str]]](list)
+        mails = []
         for due in dues:
-            account, number, shape = due.grounds[0]
-            contact = contacts.get(number)
-            if contact is None:
-                continue
-            ext, name, catalogue = accounts[account]
-            if len(due.grounds) == 1 and due.first_flight_at is None and _is_plain(contact, ext, name or ext):
-                key = id(shape), catalogue, contact.locale, contact.timezone, len(ext)
-                found[key].append((due, contact, ext, name or ext))
+            account, number, _ = due.grounds[0]
+            if len(due.grounds) == 1 and due.first_flight_at is None and number in contacts:
+                ext, name, _ = accounts[account]
+                mails.append((due, contacts[number], ext, name or ext))
+        if not _are_plain(mails):  # asked of all at once, for nearly always they are
+            mails = [mail for mail in mails if _are_plain([mail])]
+        found = defaultdict[tuple[object, ...], list[_Addressed]](list)
+        for mail in mails:
+            (account, _, shape), contact = mail[0].grounds[0], mail[1]
+            found[id(shape), accounts[account][2], contact.locale, contact.timezone, len(mail[2])].append(mail)
         return found.values()
 
-    def _make(self, alike: Sequence[tuple[Due, Contact, str, str]]) -> None:
+    def _make(self, alike: Sequence[_Addressed]) -> None:
         """Make the values of such mails, where their kind has a rendition."""
         press, event, (due, contact, ext, _) = self._press, self._event, alike[0]
         kind = press.kind_of(event, due, self._people, contact, eightbit=self._eightbit)
@@ -112,11 +118,15 @@ class Sheet:
 _NOTHING: Final = ((), "", "", None)
 
 
-def _is_plain(contact: Contact, account: str, title: str) -> bool:
-    """Whether a mail says somebody's name and address, and an account's id and name, just as they are."""
+def _are_plain(mails: Sequence[_Addressed]) -> bool:
+    """Whether mails say names and addresses of people, and ids and names of accounts, just as they are."""
+    if not mails:
+        return True
+    names, addresses = [one.name for _, one, _, _ in mails], [one.email for _, one, _, _ in mails]
+    accounts, titles = {ext for _, _, ext, _ in mails}, {title for _, _, _, title in mails}
     return (
-        mime.is_plain_recipient(contact.name, contact.email)
-        and PLAIN_LABEL.fullmatch(account) is not None
-        and len(title) <= NAME_LENGTH
-        and mime.is_plain_name(title)
+        mime.are_plain_recipients(names, addresses)
+        and all(map(PLAIN_LABEL.fullmatch, accounts))
+        and max(map(len, titles)) <= NAME_LENGTH
+        and mime.are_plain_names(titles)
     )

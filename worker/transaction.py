@@ -68,8 +68,8 @@ class Envelope:
     smtputf8: bool = False
     eightbit: bool = False
     """The body has octets above 127: it goes only where the relay offers 8BITMIME (RFC 6152)."""
-    clean: bool = False
-    """Its line ends are known to be CRLF only."""
+    checked: bool = False
+    """Its line ends are known to be CRLF only, and its addresses to be such as may stand in an SMTP command."""
     before_dot: Callable[[], Awaitable[bool]] | None = None
     """Awaited after the relay said 354 and before the first byte of the body; False withdraws the mail."""
 
@@ -673,15 +673,15 @@ class Channel(asyncio.Protocol):
 
     def _refused_ahead(self, envelope: Envelope) -> Outcome | None:
         """What can be said of a mail before it is begun."""
-        if _NOT_AN_ADDRESS.search(envelope.sender + envelope.recipient):
-            sender = _NOT_AN_ADDRESS.search(envelope.sender) is not None
-            address, about = (envelope.sender, About.SENDER) if sender else (envelope.recipient, About.RECIPIENT)
-            text = f"5.1.3 {printable(address.encode())!r} can't stand in an SMTP command"
-            return Outcome(Kind.PERMANENT, about, text=text, stage="mail")
         body = envelope.body
-        if not envelope.clean and not body.count(b"\r") == body.count(b"\n") == body.count(b"\r\n"):
-            text = "5.6.0 the mail has a line that does not end in CRLF"  # a relay could read two mails in it
-            return Outcome(Kind.PERMANENT, About.CONTENT, text=text, stage="mail")
+        if not envelope.checked:
+            for address, about in ((envelope.sender, About.SENDER), (envelope.recipient, About.RECIPIENT)):
+                if _NOT_AN_ADDRESS.search(address):
+                    text = f"5.1.3 {printable(address.encode())!r} can't stand in an SMTP command"
+                    return Outcome(Kind.PERMANENT, about, text=text, stage="mail")
+            if not body.count(b"\r") == body.count(b"\n") == body.count(b"\r\n"):
+                text = "5.6.0 the mail has a line that does not end in CRLF"  # a relay could read two mails in it
+                return Outcome(Kind.PERMANENT, About.CONTENT, text=text, stage="mail")
         if envelope.smtputf8 and not self.supports("smtputf8"):
             text = "5.6.7 the address needs SMTPUTF8, which the relay does not offer"
             return Outcome(Kind.PERMANENT, About.RECIPIENT, text=text, stage="mail")
