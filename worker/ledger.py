@@ -258,13 +258,13 @@ def _by_number(settlements: Sequence[Settlement]) -> list[Mapping[str, object]]:
     numbers = list(chain.from_iterable(one.numbers for one in settlements))
     replies = chain.from_iterable(one.replies for one in settlements)
     flown = (one.flown_at if one.attempted else 0 for one in settlements for _ in one.numbers)
-    times = (one.due_at for one in settlements for _ in one.numbers)
+    times = ((n, one.due_at) for one in settlements for n in one.numbers if one.due_at is not None)
     return [
         _alike(settlements) | {
             "numbers": numbers,
             "replies": json.dumps(dict(zip(numbers, replies, strict=True))),
             "flown": json.dumps(dict(zip(numbers, flown, strict=True))),
-            "times": json.dumps(dict(zip(numbers, times, strict=True))),
+            "times": json.dumps(dict(times)),
         }
     ]  # fmt: skip
 
