@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import json
 import re
-import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, Final
 
-from sqlalchemy import Connection, Table
+from sqlalchemy import Column, Connection, Integer, Table
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 _SIZES: Final = (64, 256, 1024)
@@ -46,18 +45,28 @@ class Answer:
 def run(connection: Connection, statement: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> Answer:
     """Run one statement as it stands; `:name` in it is one of the values, and `?` on SQLite alone.
 
-    SQLite's driver is asked directly: SQLAlchemy takes 20 to 60 microseconds where SQLite takes five. Raises what
+    The driver is asked directly: SQLAlchemy takes 20 to 60 microseconds where SQLite takes five. Raises what
     SQLAlchemy would, so that `Database` tells a complaint about the database from one about the statement.
     """
-    if connection.dialect.name == "postgresql":
-        result = connection.exec_driver_sql(_named(statement), values)
-        return Answer(result.all() if result.returns_rows else (), result.rowcount)
-    driver: Any = connection.connection.driver_connection
+    dialect, driver = connection.dialect, _driver(connection)
     try:
-        cursor = driver.execute(statement, values)
-        return Answer(cursor.fetchall(), cursor.rowcount)
-    except sqlite3.Error as error:
-        raise DBAPIError.instance(statement, values, error, sqlite3.Error, dialect=connection.dialect) from error
+        if dialect.name == "sqlite":
+            cursor = driver.execute(statement, values)
+            return Answer(cursor.fetchall(), cursor.rowcount)
+        cursor = driver.execute(_named(statement), values)
+        return Answer(() if cursor.rownumber is None else cursor.fetchall(), cursor.rowcount)
+    except dialect.loaded_dbapi.Error as error:
+        is_lost = dialect.name != "sqlite" and driver.closed
+        if is_lost:
+            connection.invalidate(error)
+        raised = DBAPIError.instance(
+            statement, values, error, dialect.loaded_dbapi.Error, connection_invalidated=is_lost, dialect=dialect
+        )
+        raise raised from error
+
+
+def _driver(connection: Connection) -> Any:
+    return connection.connection.driver_connection
 
 
 @lru_cache(maxsize=256)
@@ -85,7 +94,7 @@ def insert_rows(
         return
     try:
         if connection.dialect.name == "postgresql":
-            _copy(connection, table, (*columns, *alike), [(*row, *alike.values()) for row in rows] if alike else rows)
+            _copy(connection, table, columns, rows, alike)
             return
         same, width = tuple(alike.values()), len(columns)
         done, count = 0, len(rows)
@@ -117,12 +126,26 @@ def _insert(table: str, columns: tuple[str, ...], alike: int, rows: int) -> str:
     )
 
 
-def _copy(connection: Connection, table: Table, columns: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> None:
-    driver: Any = connection.connection.driver_connection
-    statement = f"COPY {table.name} ({', '.join(columns)}) FROM STDIN"
-    with driver.cursor() as cursor, cursor.copy(statement) as copy:
+def _copy(
+    connection: Connection,
+    table: Table,
+    columns: Sequence[str],
+    rows: Sequence[tuple[Any, ...]],
+    alike: Mapping[str, Any],
+) -> None:
+    names, same = (*columns, *alike), tuple(alike.values())
+    statement = f"COPY {table.name} ({', '.join(names)}) FROM STDIN"
+    with _driver(connection).cursor() as cursor, cursor.copy(statement) as copy:
+        if all(_is_a_number(table.c[name]) for name in names):  # a line needs no escapes: four times as quick
+            line = "\t".join(["%d" for _ in columns] + [f"{value:d}" for value in same]) + "\n"
+            copy.write("".join([line % row for row in rows]))
+            return
         for row in rows:
-            copy.write_row(row)
+            copy.write_row((*row, *same))
+
+
+def _is_a_number(column: Column[Any]) -> bool:
+    return isinstance(column.type, Integer) and not column.nullable
 
 
 def read_columns(
@@ -134,11 +157,10 @@ def read_columns(
     before it is one of a list. The order of rows is the one that `rest` asks for in its innermost query.
     """
     if connection.dialect.name == "postgresql":
-        rows = connection.exec_driver_sql(_postgresql(columns, rest), values).all()
+        rows = run(connection, _postgresql(columns, rest), values).rows
         return list(zip(*rows, strict=True)) if rows else [() for _ in columns]
     plain = {name: json.dumps(value) if isinstance(value, list) else value for name, value in values.items()}
-    row = connection.exec_driver_sql(_sqlite(columns, rest), plain).one()
-    return [json.loads(column) for column in row]
+    return [json.loads(column) for column in run(connection, _sqlite(columns, rest), plain).first]
 
 
 @lru_cache(maxsize=256)
@@ -149,7 +171,7 @@ def _sqlite(columns: tuple[str, ...], rest: str) -> str:
 
 @lru_cache(maxsize=256)
 def _postgresql(columns: tuple[str, ...], rest: str) -> str:
-    return _named(" ".join(["SELECT", ", ".join(columns), _AMONG.sub(r"= ANY(:\1)", rest)]))
+    return " ".join(["SELECT", ", ".join(columns), _AMONG.sub(r"= ANY(:\1)", rest)])
 
 
 def read_rows(connection: Connection, columns: tuple[str, ...], rest: str, **values: int | str) -> list[Sequence[Any]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import shutil
 import sqlite3
 import threading
@@ -28,7 +29,7 @@ from sqlalchemy import Connection, Engine, Table, create_engine, event, text
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import Insert as SqliteInsert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
-from sqlalchemy.exc import DatabaseError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DatabaseError, DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
@@ -475,16 +476,28 @@ def _write_ahead(raw: sqlite3.Connection) -> None:
 def _postgresql_engine(url: str, stall_seconds: int) -> Engine:
     address = "postgresql+psycopg://" + url.partition("://")[2]
     try:
-        return create_engine(
-            address,
-            pool_size=10,
-            max_overflow=20,
-            pool_pre_ping=True,
-            connect_args=_connection_options(url, stall_seconds),
+        engine = create_engine(
+            address, pool_size=10, max_overflow=20, connect_args=_connection_options(url, stall_seconds)
         )
     except ModuleNotFoundError as error:
         message = "database_url names PostgreSQL, but its driver is not installed: install rolecast[postgres]"
         raise DatabaseUnusable(message) from error
+    event.listen(engine, "checkout", _refuse_an_ended_one)
+    return engine
+
+
+def _refuse_an_ended_one(driver: Any, _record: object, _proxy: object) -> None:
+    """Take no connection of the pool that the server ended: there is something to read though nothing was asked.
+
+    SQLAlchemy's `pool_pre_ping` would ask the server before each transaction, for as much time as a statement takes.
+    Raises `DisconnectionError`, at which the pool makes another.
+    """
+    if not driver.closed:
+        waiting = select.poll()
+        waiting.register(driver.fileno(), select.POLLIN)
+        if not waiting.poll(0):
+            return
+    raise DisconnectionError
 
 
 def _connection_options(url: str, stall_seconds: int) -> dict[str, Any]:
@@ -496,7 +509,9 @@ def _connection_options(url: str, stall_seconds: int) -> dict[str, Any]:
         "keepalives_count": 2,
         "tcp_user_timeout": SILENCE_SECONDS * 1000,
         "application_name": "rolecast",
-        "options": f"-c idle_in_transaction_session_timeout={stall_seconds}s",
+        # Its statements are short: helpers of the server, or compiling them, would take longer than they do.
+        "options": f"-c idle_in_transaction_session_timeout={stall_seconds}s"
+        " -c max_parallel_workers_per_gather=0 -c jit=off",
     }
     given = dict(parse_qsl(url.partition("?")[2]))
     return {name: value for name, value in ours.items() if name not in given}

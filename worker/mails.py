@@ -122,17 +122,15 @@ def gather(
 
     A few statements, however many there are. `shapes` keeps the verdict shapes that were read, by number.
     """
-    own = _OWN_SQLITE if connection.dialect.name == "sqlite" else _OWN_POSTGRESQL
-    place = "JOIN mailboxes m ON m.id = d.mailbox_id"
-    whole = f"d.event_id = :event AND {condition}"
-    rest = f"FROM deliveries d {place} {_SPOKEN_OF} WHERE {whole}"
+    own, mailbox, spoken_of = _OF_SQLITE if connection.dialect.name == "sqlite" else _OF_POSTGRESQL
+    rest = f"FROM deliveries d {mailbox} {spoken_of} WHERE d.event_id = :event AND {condition}"
     found = read_columns(connection, (*_GROUND, *own), rest, event=event.id, **values)
     if any(map(gt, found[_N], found[_N][1:])):  # they come in order, but nothing says so
         found = list(zip(*sorted(zip(*found, strict=True), key=itemgetter(_N)), strict=True))
     numbers: Sequence[int] = found[_N]
     more: list[Sequence[Any]] = [()] * len(_GROUND)
     if event.scope != "one" and numbers:
-        rest = f"FROM more_grounds d {_SPOKEN_OF} WHERE d.event_id = :event AND d.n BETWEEN :first AND :last"
+        rest = f"FROM more_grounds d {spoken_of} WHERE d.event_id = :event AND d.n BETWEEN :first AND :last"
         more = read_columns(connection, _GROUND, rest, event=event.id, first=numbers[0], last=numbers[-1])
     _learn_shapes(connection, {*found[_SHAPE], *more[_SHAPE]} - shapes.keys(), shapes)
     contacts: dict[int, Contact] = {}
@@ -140,8 +138,8 @@ def gather(
     grounds = list(zip(_spoken_of(found, shapes, contacts, accounts)))
     if more[_N]:
         further = defaultdict[int, list[GroundRow]](list)
-        spoken_of = _spoken_of(more, shapes, contacts, accounts)
-        for n, ground in sorted(zip(more[_N], spoken_of, strict=True), key=_in_order):
+        added = _spoken_of(more, shapes, contacts, accounts)
+        for n, ground in sorted(zip(more[_N], added, strict=True), key=_in_order):
             further[n].append(ground)
         grounds = [(*first, *further.get(n, ())) for n, first in zip(numbers, grounds, strict=True)]
     boxes, attempts, first_flights, reasons, keys = found[_OWN:]
@@ -213,12 +211,26 @@ _GROUND = (
     "coalesce(b.address, '')", "c.mailbox_id", "c.locale", "c.timezone", "c.removed_at IS NOT NULL", "a.ext", "a.name",
     "a.catalogue",
 )  # fmt: skip
-_OWN_SQLITE = ("d.mailbox_id", "d.attempts", "d.first_flight_at", "d.reason", "hex(m.address_key)")
-_OWN_POSTGRESQL = (*_OWN_SQLITE[:-1], "encode(m.address_key, 'hex')")
-_SPOKEN_OF = """
+_OF_DELIVERY = ("d.mailbox_id", "d.attempts", "d.first_flight_at", "d.reason")
+_OF_SQLITE = (
+    (*_OF_DELIVERY, "hex(m.address_key)"),
+    "JOIN mailboxes m ON m.id = d.mailbox_id",
+    """
     LEFT JOIN contacts c ON c.id = d.contact_id LEFT JOIN mailboxes b ON b.id = c.mailbox_id
     JOIN accounts a ON a.id = d.account_id
-"""
+    """,
+)
+_OF_POSTGRESQL = (
+    (*_OF_DELIVERY, "encode(m.address_key, 'hex')"),
+    # OFFSET 0: row by row. Else it would rather read all mailboxes and accounts, for each slice again.
+    "JOIN LATERAL (SELECT address_key FROM mailboxes WHERE id = d.mailbox_id OFFSET 0) m ON true",
+    """
+    LEFT JOIN LATERAL (SELECT * FROM contacts WHERE id = d.contact_id OFFSET 0) c ON true
+    LEFT JOIN LATERAL (SELECT address FROM mailboxes WHERE id = c.mailbox_id OFFSET 0) b ON true
+    JOIN LATERAL (SELECT ext, name, catalogue FROM accounts WHERE id = d.account_id OFFSET 0) a ON true
+    """,
+)
+#: What stands in `deliveries` alone, where its mailbox is, and where they are whom a ground speaks of.
 
 
 def _learn_shapes(connection: Connection, numbers: set[int], shapes: dict[int, Shape]) -> None:
