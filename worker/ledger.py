@@ -203,7 +203,7 @@ def arrange(settlements: Sequence[Settlement], *, dialect: str) -> Outcomes:
 
     SQLite is asked for mails of a flight whose numbers follow one another, as nearly all do: it walks through its rows
     once, in half the time in which it joins them with a list. PostgreSQL, for which each question is a way to go, is
-    asked for all at once, and finds its values in JSON by number.
+    asked for all at once, and finds its values in JSON by number: asked for runs it would walk through the whole event.
     """
     groups: dict[tuple[Any, ...], list[Settlement]] = {}
     for one in settlements:
