@@ -477,7 +477,11 @@ def _postgresql_engine(url: str, stall_seconds: int) -> Engine:
     address = "postgresql+psycopg://" + url.partition("://")[2]
     try:
         engine = create_engine(
-            address, pool_size=10, max_overflow=20, connect_args=_connection_options(url, stall_seconds)
+            address,
+            pool_size=10,
+            max_overflow=20,
+            pool_use_lifo=True,  # the few that are at work have their statements prepared
+            connect_args=_connection_options(url, stall_seconds),
         )
     except ModuleNotFoundError as error:
         message = "database_url names PostgreSQL, but its driver is not installed: install rolecast[postgres]"
