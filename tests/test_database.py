@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 import subscriptions.database
+from subscriptions.bulk import run
 from subscriptions.database import Database, DatabaseUnusable, system_clock
 
 
@@ -319,6 +320,65 @@ def test_a_server_that_can_not_be_reached_is_named_without_the_password() -> Non
 def test_a_fault_in_a_statement_is_ours_and_is_not_dressed_up(postgresql_database: Database) -> None:
     with pytest.raises(ProgrammingError), postgresql_database.read() as connection:
         connection.execute(text("SELECT nonsense"))
+
+
+def server_process(connection: Connection) -> int:
+    return int(run(connection, "SELECT pg_backend_pid()").first[0])
+
+
+def end(database: Database, *processes: int) -> None:
+    """End these processes of the server, as an operator or a restart does, and wait until they are gone."""
+    with database.write() as connection:
+        for process in processes:
+            run(connection, "SELECT pg_terminate_backend(:p, 5000)", {"p": process})
+
+
+def test_a_connection_that_the_server_ended_while_it_rested_is_replaced(postgresql_database: Database) -> None:
+    with postgresql_database.read() as one, postgresql_database.read() as other:
+        processes = {server_process(one), server_process(other)}
+    ender = Database(postgresql_database.url)
+    end(ender, *processes)
+    ender.close()
+    with postgresql_database.write() as one, postgresql_database.read() as other:
+        assert processes.isdisjoint({server_process(one), server_process(other)})
+
+
+@pytest.mark.parametrize("how", ["directly", "by SQLAlchemy"])
+def test_a_connection_that_the_server_ends_at_work_is_a_complaint_about_the_database(
+    how: str, postgresql_database: Database
+) -> None:
+    table(postgresql_database)
+    ender = Database(postgresql_database.url)
+
+    def lose_it() -> None:
+        with postgresql_database.write() as connection:
+            connection.execute(text("INSERT INTO notes VALUES (1, 'one')"))
+            end(ender, server_process(connection))
+            if how == "directly":
+                run(connection, "INSERT INTO notes VALUES (2, 'two')")
+            else:
+                connection.execute(text("INSERT INTO notes VALUES (2, 'two')"))
+
+    with pytest.raises(DatabaseUnusable, match="terminating connection"):
+        lose_it()
+    ender.close()
+    assert count(postgresql_database) == 0
+    add(postgresql_database, "again")
+
+
+def test_a_fault_in_a_statement_that_the_driver_is_asked_directly_is_no_complaint_about_the_database(
+    database: Database,
+) -> None:
+    table(database)
+
+    def ask() -> None:
+        with database.write() as connection:
+            run(connection, "INSERT INTO notes VALUES (1, :words)", {"words": "one"})
+            run(connection, "INSERT INTO notes VALUES (1, :words)", {"words": "again"})
+
+    with pytest.raises(IntegrityError):
+        ask()
+    assert count(database) == 0
 
 
 def test_nothing_is_opened_before_the_first_transaction(tmp_path: Path) -> None:
