@@ -174,6 +174,16 @@ def _postgresql(columns: tuple[str, ...], rest: str) -> str:
     return " ".join(["SELECT", ", ".join(columns), _AMONG.sub(r"= ANY(:\1)", rest)])
 
 
+def by_id(connection: Connection, table: str, name: str, number: str, *, kind: str = "JOIN") -> str:
+    """A join with the one row of a table that has this number as its id; the row is called `name`.
+
+    PostgreSQL is kept (by OFFSET 0) from reading the whole table instead, for each page again.
+    """
+    if connection.dialect.name == "sqlite":
+        return f"{kind} {table} {name} ON {name}.id = {number}"
+    return f"{kind} LATERAL (SELECT * FROM {table} WHERE id = {number} OFFSET 0) {name} ON true"  # noqa: S608 - ours
+
+
 def read_rows(connection: Connection, columns: tuple[str, ...], rest: str, **values: int | str) -> list[Sequence[Any]]:
     """The same row by row, for the few rows of a small question: there one list of them is quicker than many."""
     if connection.dialect.name == "postgresql":

@@ -40,7 +40,7 @@ from sqlalchemy import (
 )
 
 from subscriptions.audience import AccountFacts, ContactFacts
-from subscriptions.bulk import read_columns, read_rows
+from subscriptions.bulk import by_id, read_columns, read_rows
 from subscriptions.catalogue import Catalogue
 from subscriptions.schema import accounts, contacts, installation, mailboxes, suppressions
 
@@ -143,7 +143,7 @@ def facts(
     )
     if not numbers:
         return []
-    people = read_columns(connection, _PERSON, _PEOPLE, accounts=list(numbers))
+    people = read_columns(connection, _PERSON, _people(connection), accounts=list(numbers))
     holds = _what_holds(connection, sorted({*people[_PERSON.index("c.mailbox_id")]}), _promotional(catalogues))
     contacts_by_account = _contact_facts(people, holds.opt_outs)
     found = [
@@ -253,11 +253,13 @@ _PERSON: Final = (
     "c.unreachable",
 )  # fmt: skip
 _HELD_AT: Final = len(_PERSON) + 5
-_PEOPLE: Final = (
-    "FROM contacts c JOIN mailboxes m ON m.id = c.mailbox_id"
-    " WHERE c.account_id AMONG :accounts AND c.removed_at IS NULL AND m.address IS NOT NULL"
-)
-#: The contacts of accounts in any order; those whose address is erased are left out.
+
+
+def _people(connection: Connection) -> str:
+    """The contacts of `:accounts` in any order; those whose address is erased are left out."""
+    mailbox = by_id(connection, "mailboxes", "m", "c.mailbox_id")
+    whose = "c.account_id AMONG :accounts AND c.removed_at IS NULL AND m.address IS NOT NULL"
+    return f"FROM contacts c {mailbox} WHERE {whose}"
 
 
 @dataclass(slots=True)
@@ -466,7 +468,7 @@ def read_page(
     if not numbers:
         return Page((), (), (), (), (), (), (), (), _what_holds(connection, [], frozenset()))
     columns = ("c.account_id", "c.position", "c.id", "c.mailbox_id", _TRAITS[products], _MARKS)
-    people = read_columns(connection, columns, _PEOPLE, accounts=list(numbers))
+    people = read_columns(connection, columns, _people(connection), accounts=list(numbers))
     if people[0]:
         people = list(zip(*sorted(zip(*people, strict=True)), strict=True))
     owners, _, contact_numbers, boxes, traits, marks = people

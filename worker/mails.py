@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from sqlalchemy import Connection, select
 
 from subscriptions import directory
-from subscriptions.bulk import read_columns
+from subscriptions.bulk import by_id, read_columns
 from subscriptions.catalogue import Catalogue
 from subscriptions.directory import ContactRow, Known
 from worker.fanout import EventRow
@@ -122,9 +122,15 @@ def gather(
 
     A few statements, however many there are. `shapes` keeps the verdict shapes that were read, by number.
     """
-    own, mailbox, spoken_of = _OF_SQLITE if connection.dialect.name == "sqlite" else _OF_POSTGRESQL
+    key = "hex(m.address_key)" if connection.dialect.name == "sqlite" else "encode(m.address_key, 'hex')"
+    mailbox = by_id(connection, "mailboxes", "m", "d.mailbox_id")
+    spoken_of = " ".join([
+        by_id(connection, "contacts", "c", "d.contact_id", kind="LEFT JOIN"),
+        by_id(connection, "mailboxes", "b", "c.mailbox_id", kind="LEFT JOIN"),
+        by_id(connection, "accounts", "a", "d.account_id"),
+    ])  # fmt: skip
     rest = f"FROM deliveries d {mailbox} {spoken_of} WHERE d.event_id = :event AND {condition}"
-    found = read_columns(connection, (*_GROUND, *own), rest, event=event.id, **values)
+    found = read_columns(connection, (*_GROUND, *_OF_DELIVERY, key), rest, event=event.id, **values)
     if any(map(gt, found[_N], found[_N][1:])):  # they come in order, but nothing says so
         found = list(zip(*sorted(zip(*found, strict=True), key=itemgetter(_N)), strict=True))
     numbers: Sequence[int] = found[_N]
@@ -212,25 +218,6 @@ _GROUND = (
     "a.catalogue",
 )  # fmt: skip
 _OF_DELIVERY = ("d.mailbox_id", "d.attempts", "d.first_flight_at", "d.reason")
-_OF_SQLITE = (
-    (*_OF_DELIVERY, "hex(m.address_key)"),
-    "JOIN mailboxes m ON m.id = d.mailbox_id",
-    """
-    LEFT JOIN contacts c ON c.id = d.contact_id LEFT JOIN mailboxes b ON b.id = c.mailbox_id
-    JOIN accounts a ON a.id = d.account_id
-    """,
-)
-_OF_POSTGRESQL = (
-    (*_OF_DELIVERY, "encode(m.address_key, 'hex')"),
-    # OFFSET 0: row by row. Else it would rather read all mailboxes and accounts, for each slice again.
-    "JOIN LATERAL (SELECT address_key FROM mailboxes WHERE id = d.mailbox_id OFFSET 0) m ON true",
-    """
-    LEFT JOIN LATERAL (SELECT * FROM contacts WHERE id = d.contact_id OFFSET 0) c ON true
-    LEFT JOIN LATERAL (SELECT address FROM mailboxes WHERE id = c.mailbox_id OFFSET 0) b ON true
-    JOIN LATERAL (SELECT ext, name, catalogue FROM accounts WHERE id = d.account_id OFFSET 0) a ON true
-    """,
-)
-#: What stands in `deliveries` alone, where its mailbox is, and where they are whom a ground speaks of.
 
 
 def _learn_shapes(connection: Connection, numbers: set[int], shapes: dict[int, Shape]) -> None:
