@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import event, func, select
+from sqlalchemy import event, func, select, text
 
 from subscriptions import directory, schema
 from subscriptions.catalogue import load_catalogues
@@ -294,6 +294,15 @@ def test_memory_does_not_grow_with_the_document(tmp_path: Path):
         database.close()
     # Ids of accounts are kept, to find one that comes twice: some 120 bytes each.
     assert peaks[1] - peaks[0] < 1_500_000
+
+
+def test_after_a_large_import_postgresql_finds_a_page_of_accounts_by_their_numbers(postgresql_database: Database):
+    fill(postgresql_database)
+    load(postgresql_database, many(6_000))
+    page = text("EXPLAIN SELECT ext FROM accounts WHERE id > 0 AND removed_at IS NULL ORDER BY id LIMIT 100")
+    with postgresql_database.read() as connection:
+        plan = " ".join(connection.execute(page).scalars())
+    assert "Index Scan using pk_accounts" in plan, "it would read and sort all of them for each page"
 
 
 def test_two_imports_at_once_happen_one_after_the_other(database: Database):
