@@ -486,16 +486,24 @@ def _postgresql_engine(url: str, stall_seconds: int) -> Engine:
     except ModuleNotFoundError as error:
         message = "database_url names PostgreSQL, but its driver is not installed: install rolecast[postgres]"
         raise DatabaseUnusable(message) from error
+    event.listen(engine, "checkin", _note_that_it_rests)
     event.listen(engine, "checkout", _refuse_an_ended_one)
     return engine
 
 
-def _refuse_an_ended_one(driver: Any, _record: object, _proxy: object) -> None:
+def _note_that_it_rests(_driver: object, record: Any) -> None:
+    record.info["rests"] = True  # forgotten with the connection
+
+
+def _refuse_an_ended_one(driver: Any, record: Any, _proxy: object) -> None:
     """Take no connection of the pool that the server ended: there is something to read though nothing was asked.
 
     SQLAlchemy's `pool_pre_ping` would ask the server before each transaction, for as much time as a statement takes.
-    Raises `DisconnectionError`, at which the pool makes another.
+    Raises `DisconnectionError`, at which the pool makes another; that one is taken as it is, for of two that are
+    refused it makes an error of its own.
     """
+    if "rests" not in record.info:
+        return
     if not driver.closed:
         waiting = select.poll()
         waiting.register(driver.fileno(), select.POLLIN)

@@ -343,6 +343,23 @@ def test_a_connection_that_the_server_ended_while_it_rested_is_replaced(postgres
         assert processes.isdisjoint({server_process(one), server_process(other)})
 
 
+@pytest.mark.parametrize("one_rests", [False, True])
+def test_a_server_that_ends_each_connection_as_it_is_made_can_not_be_used(
+    one_rests: bool, postgresql_database: Database
+) -> None:
+    ender = Database(postgresql_database.url)
+    postgresql_database.engine.dispose()
+    if one_rests:
+        with postgresql_database.read() as connection:
+            process = server_process(connection)
+        end(ender, process)
+    event.listen(postgresql_database.engine, "connect", lambda raw, _record: end(ender, raw.info.backend_pid))
+    for way in (postgresql_database.read, postgresql_database.write):
+        with pytest.raises(DatabaseUnusable), way() as connection:
+            server_process(connection)
+    ender.close()
+
+
 @pytest.mark.parametrize("how", ["directly", "by SQLAlchemy"])
 def test_a_connection_that_the_server_ends_at_work_is_a_complaint_about_the_database(
     how: str, postgresql_database: Database

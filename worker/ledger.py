@@ -258,7 +258,8 @@ def _by_number(settlements: Sequence[Settlement]) -> list[Mapping[str, object]]:
     numbers = list(chain.from_iterable(one.numbers for one in settlements))
     replies = chain.from_iterable(one.replies for one in settlements)
     flown = (one.flown_at if one.attempted else 0 for one in settlements for _ in one.numbers)
-    times = ((n, one.due_at) for one in settlements for n in one.numbers if one.due_at is not None)
+    over = settlements[0].status is not Status.PLANNED
+    times = {} if over else {n: one.due_at for one in settlements for n in one.numbers}
     return [
         _alike(settlements) | {
             "numbers": f"{{{','.join(map(str, numbers))}}}",  # as text, for the driver takes long for a list
@@ -266,7 +267,7 @@ def _by_number(settlements: Sequence[Settlement]) -> list[Mapping[str, object]]:
             "last": max(numbers),
             "replies": json.dumps(dict(zip(numbers, replies, strict=True))),
             "flown": json.dumps(dict(zip(numbers, flown, strict=True))),
-            "times": json.dumps(dict(times)),
+            "times": json.dumps(times),
         }
     ]  # fmt: skip
 
