@@ -33,7 +33,7 @@ from tests.house import (
     publish,
 )
 from worker import decisions, fanout, feeding, leases, ledger
-from worker.app import App
+from worker.app import App, is_idle
 from worker.fanout import Planner, event_facts, pack, plan_event, take_event, unpack
 from worker.schema import deliveries, events, more_grounds, slices, verdict_shapes, verdicts
 
@@ -218,8 +218,18 @@ def test_a_worker_of_another_lane_leaves_an_event_to_others_until_it_has_waited(
         accepted_at = connection.execute(select(events.c.accepted_at)).scalar_one()
         for late, waits in ((499_999, False), (500_000, True)):
             now = accepted_at + late
-            assert feeding.waits_for_plan(connection, now=now, waited=500_000) is waits
+            assert feeding.look(connection, (), now=now, waited=500_000).plan is waits
             assert (take_event(connection, WORKER, now=now, waited=500_000) is not None) is waits
+
+
+def test_an_event_that_is_being_planned_is_still_due_where_nobody_sends(database: Database, tmp_path: Path) -> None:
+    app = app_on(database, tmp_path)
+    import_accounts(app, [account(1, person("p1", "executive"))])
+    publish(app, event("announcement.published", accounts="all"))
+    assert not is_idle(app)
+    with database.write() as connection:
+        assert take_event(connection, WORKER, now=app.clock()) is not None
+    assert not is_idle(app)
 
 
 def test_a_page_that_another_planner_wrote_meanwhile_is_not_written_again(database: Database, tmp_path: Path) -> None:

@@ -219,8 +219,8 @@ def test_an_event_that_waits_for_its_time_is_not_planned_before(tmp_path: Path) 
         publish(app, event("invoice.issued", not_before="2026-11-22T10:00:00Z"))
         with app.database.read() as connection:
             assert connection.execute(select(events.c.status)).scalar_one() == "accepted"
-            assert not feeding.waits_for_plan(connection, now=NOW)
-            assert feeding.waits_for_plan(connection, now=NOW + DAY)
+            assert not feeding.look(connection, (), now=NOW).plan
+            assert feeding.look(connection, (), now=NOW + DAY).plan
         assert count(app, deliveries) == 0
 
 

@@ -554,9 +554,8 @@ def is_idle(app: App, event_ids: list[int] | None = None, *, lanes: Collection[L
     """
     try:
         with app.database.read() as connection:
-            if not leases.someone_sends(connection):
-                return not feeding.waits_for_plan(connection, now=app.clock())
-            return not feeding.due_now(connection, now=app.clock(), event_ids=event_ids, lanes=lanes)
+            served = lanes if leases.someone_sends(connection) else ()
+            return not feeding.due_now(connection, now=app.clock(), event_ids=event_ids, lanes=served)
     except DatabaseUnusable as error:
         logger.warning("database.unusable", why=str(error), tried_again_in_seconds=1)
         time.sleep(1.0)

@@ -97,14 +97,6 @@ def gather_retries(connection: Connection, *, now: int, limit: int = 500) -> int
     return len(rows)
 
 
-def waits_for_plan(connection: Connection, *, now: int, waited: int = 0) -> bool:
-    """Whether an event is to be planned now and nobody plans it.
-
-    With `waited` one that was accepted so many microseconds ago.
-    """
-    return run(connection, f"{_TO_PLAN} LIMIT 1", _now(now, waited)).first is not None
-
-
 def _now(now: int, waited: int) -> dict[str, int]:
     return {"now": now, "before": now - waited if waited else NEVER}
 
@@ -125,7 +117,10 @@ class Waiting:
 
 
 def look(connection: Connection, lanes: Collection[Lane], *, now: int, waited: int = 0) -> Waiting:
-    """What is due and nobody has begun, in these lanes: one statement. `waited` is as in `waits_for_plan`."""
+    """What is due and nobody has begun, in these lanes: one statement.
+
+    With `waited` of the events to be planned only those that were accepted so many microseconds ago.
+    """
     plan, retries, *to_feed = run(connection, _LOOK, _now(now, waited)).first
     fed = [lane for lane, waits in zip(Lane, to_feed, strict=True) if waits and lane in lanes]
     return Waiting(bool(plan), bool(retries), fed)
