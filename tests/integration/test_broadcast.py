@@ -78,7 +78,8 @@ def test_every_sender_of_the_benchmark_is_measured(shared: Servers) -> None:
     runs = [run for several in found.runs.values() for run in several]
     assert {"postgresql", "dramatiq", "asyncio"} <= {run.name for run in runs}
     assert all(run.complete for run in runs)
-    assert all(run.rate > 0 and run.cpu_of_1000 > 0 and run.peak_mb > 1 for run in runs)
+    # Not `cpu_of_1000`: the start of a process, which varies, is most of what so few mails cost.
+    assert all(run.rate > 0 and sum(run.cpu.values()) > 0 and run.peak_mb > 1 for run in runs)
 
 
 def test_one_event_is_timed_alone_and_in_the_middle_of_a_broadcast(shared: Servers) -> None:
